@@ -1,0 +1,182 @@
+-- A delivery (one message for one subscription) is in exactly one of these
+-- places, and moves between them in one transaction:
+--
+--   deliveries   waiting to be delivered (in an ordered lane: also to be again)
+--   leases       handed to a consumer, which has until the deadline
+--   retries      given back, or due later (unordered)
+--   dead_letters attempts exhausted
+--
+-- or nowhere, once it is acked. Whatever is not a dead letter refers to its
+-- row in messages by message_id alone: no foreign keys, which would cost more
+-- than all the rest of a publish.
+--
+-- Lock order: lane row, then lease row, then deliveries and retries. The last
+-- two are only ever locked with SKIP LOCKED, and so are the first two by
+-- whoever takes or reclaims. Only the holder of a receipt waits: for its lease.
+
+create sequence pgqueue.subscription_ids as int;
+create sequence pgqueue.receipts;
+-- At most 48 bits: room for 89 years at 100,000 messages a second. CACHE must
+-- stay 1: floors (sql/30_order.sql) read it as "no smaller id is drawn again".
+create sequence pgqueue.message_ids maxvalue 281474976710655 cache 1;
+
+create table pgqueue.subscriptions (
+  subscription_id int primary key default nextval('pgqueue.subscription_ids'),
+  subscription text not null unique check (pgqueue.is_name(subscription)),
+  topic text not null check (pgqueue.is_name(topic)),
+  ordering text not null check (ordering in ('none', 'total')),
+  max_attempts int check (max_attempts between 1 and 32767),
+  created_at timestamptz not null default clock_timestamp()
+);
+-- Read by every publish, so never updated on the hot path.
+create index subscriptions_topic on pgqueue.subscriptions (topic) include (subscription_id, ordering);
+
+comment on table pgqueue.subscriptions is 'One row per subscription: its topic and settings.';
+
+-- Lane 0 is unordered: any number of consumers take from it side by side. A
+-- lane above 0 is ordered: its row is the lock that a consumer takes from it
+-- under. low is a hint for speed: no delivery of the lane, waiting, leased or
+-- yet to appear, has message_id <= low, so index scans start there and not at
+-- the dead entries that VACUUM could not remove yet. A row is updated about
+-- once a second at most, for updates leave dead rows too.
+create table pgqueue.lanes (
+  subscription_id int not null,
+  lane smallint not null,
+  low bigint not null default 0,
+  tended_at timestamptz not null default '-infinity',
+  last_delivered_at timestamptz not null default '-infinity',
+  last_ack_at timestamptz not null default '-infinity',
+  primary key (subscription_id, lane)
+) with (fillfactor = 20);
+
+-- The payloads: written once, never updated or deleted row by row. The leaves
+-- are a ring chosen by the id alone; pgqueue.maintain() truncates a leaf that
+-- nothing refers to any more. A leaf holds runs of 65536 ids.
+create table pgqueue.messages (
+  message_id bigint not null default nextval('pgqueue.message_ids'),
+  published_at timestamptz not null default clock_timestamp(),
+  topic text not null constraint messages_topic_is_a_name check (pgqueue.is_name(topic)),
+  key text,
+  headers jsonb constraint messages_headers_are_an_object check (jsonb_typeof(headers) = 'object'),
+  payload jsonb not null
+) partition by list (((message_id >> 16) & 3));
+
+comment on table pgqueue.messages is
+  'Insert or COPY (topic, payload, headers, key) to publish; the triggers fan out. Insert only.';
+
+-- Insert-only and truncated whole: autovacuum would only stand in the way of
+-- the truncation (it still runs against transaction id wraparound).
+create table pgqueue.messages_0 partition of pgqueue.messages for values in (0)
+  with (autovacuum_enabled = off, toast.autovacuum_enabled = off);
+create table pgqueue.messages_1 partition of pgqueue.messages for values in (1)
+  with (autovacuum_enabled = off, toast.autovacuum_enabled = off);
+create table pgqueue.messages_2 partition of pgqueue.messages for values in (2)
+  with (autovacuum_enabled = off, toast.autovacuum_enabled = off);
+create table pgqueue.messages_3 partition of pgqueue.messages for values in (3)
+  with (autovacuum_enabled = off, toast.autovacuum_enabled = off);
+create unique index on pgqueue.messages_0 (message_id);
+create unique index on pgqueue.messages_1 (message_id);
+create unique index on pgqueue.messages_2 (message_id);
+create unique index on pgqueue.messages_3 (message_id);
+
+-- not_before and alone are set only on what was given back to an ordered lane:
+-- the lane waits until then, and hands that message out by itself.
+create table pgqueue.deliveries (
+  subscription_id int not null,
+  lane smallint not null,
+  attempts smallint not null default 0,
+  message_id bigint not null,
+  not_before timestamptz,
+  alone boolean,
+  primary key (subscription_id, lane, message_id)
+) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000,
+        autovacuum_analyze_scale_factor = 0.5);
+
+comment on table pgqueue.deliveries is 'One row per subscription and message that waits to be delivered.';
+
+-- One row per batch in flight. attempts runs beside message_ids and counts
+-- this delivery. first_id is the lowest of the message_ids at the time of the
+-- lease: above the lane's low, so that the look for a live lease of an ordered
+-- lane starts behind the dead ones.
+create table pgqueue.leases (
+  receipt bigint primary key default nextval('pgqueue.receipts'),
+  subscription_id int not null,
+  lane smallint not null,
+  first_id bigint not null,
+  message_ids bigint[] not null,
+  attempts smallint[] not null,
+  owner int,
+  owner_pid int,
+  leased_at timestamptz not null default clock_timestamp(),
+  deadline timestamptz not null
+) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
+create index leases_of_lane on pgqueue.leases (subscription_id, lane, first_id) where lane > 0;
+create index leases_deadline on pgqueue.leases (subscription_id, deadline);
+
+comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
+
+-- key_hash is null but for the side queues of ordering by key.
+create table pgqueue.retries (
+  subscription_id int not null,
+  due_at timestamptz not null,
+  message_id bigint not null,
+  attempts smallint not null,
+  alone boolean not null,
+  key_hash int,
+  primary key (subscription_id, due_at, message_id)
+) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
+
+comment on table pgqueue.retries is 'Unordered deliveries that were given back; handed out again, first of all, once they are due.';
+
+-- Attempts that did not end in an ack, for whoever asks why a message is late
+-- or dead; gone with the ack. Only the newest 20 of a message are kept.
+create table pgqueue.failures (
+  subscription_id int not null,
+  message_id bigint not null,
+  attempt smallint not null,
+  failed_at timestamptz not null default clock_timestamp(),
+  error text,
+  primary key (subscription_id, message_id, attempt)
+);
+
+comment on table pgqueue.failures is 'The attempts at a message that is not settled yet, with what the consumer said of them.';
+
+-- Self-contained, so that a dead letter pins no leaf of messages and outlives
+-- its subscription.
+create table pgqueue.dead_letters (
+  subscription text not null,
+  message_id bigint not null,
+  topic text not null,
+  key text,
+  headers jsonb,
+  payload jsonb not null,
+  published_at timestamptz not null,
+  died_at timestamptz not null default clock_timestamp(),
+  attempts int not null,
+  failures jsonb not null,
+  primary key (subscription, message_id)
+);
+
+comment on table pgqueue.dead_letters is
+  'Messages that a subscription gave up on after max_attempts, whole, with the history of their failures.';
+
+-- What fetch_pending and receive return.
+create type pgqueue.pending_message as (
+  message_id bigint,
+  topic text,
+  key text,
+  headers jsonb,
+  payload jsonb,
+  published_at timestamptz,
+  deliveries int
+);
+create type pgqueue.received_message as (
+  message_id bigint,
+  topic text,
+  key text,
+  headers jsonb,
+  payload jsonb,
+  published_at timestamptz,
+  deliveries int,
+  receipt bigint
+);

@@ -1,0 +1,111 @@
+-- Publish order without blocking publishers.
+--
+-- Ids are drawn in one order and committed in another. A publisher therefore
+-- announces, before it draws its first id, a floor: "every id I draw is above
+-- K", as a shared advisory lock that goes with its transaction. A reader takes
+-- the sequence's value S first and the floors after it: ids up to the least of
+-- them all are settled, that is committed and visible to the next statement,
+-- or never to be. A publisher that the reader misses draws ids above S.
+--
+-- The lock's key has the low 32 bits of K; with S at hand they are enough,
+-- unless a transaction stays open for 2 billion ids.
+
+create function pgqueue.last_id() returns bigint
+language sql volatile
+return coalesce(pg_sequence_last_value('pgqueue.message_ids'), 0);
+
+create function pgqueue.floor_key(floor bigint) returns int
+language sql immutable parallel safe
+return ((floor & 4294967295) - 2147483648)::int;
+
+-- Undoes floor_key, given an id within 2 billion of the floor, on either side.
+-- pg_locks shows the key as an oid, that is unsigned, which is what adding
+-- 2147483648 once for floor_key and once for the rounding comes to.
+create function pgqueue.floor_of(key oid, last_id bigint) returns bigint
+language sql immutable parallel safe
+return last_id + 2147483648 - ((last_id - key::bigint) & 4294967295);
+
+-- Every floor held in this database, whoever holds it (a prepared transaction
+-- has no pid).
+create view pgqueue.floors as
+select l.pid, l.objid as key
+from pg_locks l
+where l.locktype = 'advisory'
+  and l.database = (select d.oid from pg_database d where d.datname = current_database())
+  and l.classid = pgqueue.floor_locks()::oid
+  and l.objsubid = 2
+  and l.granted;
+
+-- Takes the transaction's floor, once, and returns it. The setting that
+-- remembers it is transaction-local and goes with a savepoint, as the lock
+-- does; it carries the transaction's id, for a setting left over from
+-- elsewhere must not pass for a floor. The id is assigned first because
+-- settled() goes by it.
+create function pgqueue.take_floor() returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_xid text := pg_current_xact_id()::text;
+  v_taken text := current_setting('pgqueue.floor', true);
+  v_floor bigint;
+begin
+  if split_part(v_taken, ':', 1) = v_xid then
+    return split_part(v_taken, ':', 2)::bigint;
+  end if;
+  v_floor := pgqueue.last_id();
+  perform pg_advisory_xact_lock_shared(pgqueue.floor_locks(), pgqueue.floor_key(v_floor));
+  perform set_config('pgqueue.floor', v_xid || ':' || v_floor, true);
+  return v_floor;
+end $$;
+
+-- The highest id up to which every message is settled.
+create function pgqueue.settled_by_floors(last_id bigint) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return least(last_id, (select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f));
+end $$;
+
+-- The same for a transaction that is about to write. pg_locks costs the more
+-- the larger the lock table is, so it is read only when a publisher may be in
+-- flight. A transaction that has no xid yet can tell: whoever drew an id up to
+-- S had its xid before S was read, so before the one assigned here. When the
+-- snapshot's xmin has come up to that one, they have all ended. (An empty list
+-- of running transactions would not do: it leaves out those above the latest
+-- one that ended.)
+create function pgqueue.settled() returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_last_id bigint := pgqueue.last_id();
+begin
+  if pg_current_xact_id_if_assigned() is null
+    and pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot())
+  then
+    return v_last_id;
+  end if;
+  return pgqueue.settled_by_floors(v_last_id);
+end $$;
+
+-- settled(), or what it was earlier in this transaction if that is more: what
+-- was settled stays so, but a floor that was read before and locked after the
+-- first look makes the second one more careful. mark_delivered must be able to
+-- take all that fetch_pending returned.
+create function pgqueue.settled_before() returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settled bigint := pgqueue.settled();
+  v_xid text := pg_current_xact_id()::text;
+  v_before text := current_setting('pgqueue.settled', true);
+begin
+  if split_part(v_before, ':', 1) = v_xid then
+    v_settled := greatest(v_settled, split_part(v_before, ':', 2)::bigint);
+  end if;
+  perform set_config('pgqueue.settled', v_xid || ':' || v_settled, true);
+  return v_settled;
+end $$;

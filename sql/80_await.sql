@@ -1,0 +1,174 @@
+-- Sleeping without losing a wake-up.
+--
+-- The order matters: register as waiting; then look who is in flight; then, in
+-- a new statement, look once more for something deliverable. Nobody in flight
+-- and nothing there: whoever publishes or settles from now on sees the waiter.
+-- Somebody in flight may have looked before we registered: sleep briefly, ever
+-- longer, until those have gone.
+
+-- Registered since which id and when (epoch); in a session setting per
+-- subscription, as the lock is the session's. It goes with a rollback though
+-- the lock stays, so await() believes pg_locks and not the setting.
+create function pgqueue.waiting_setting(subscription_id int) returns text
+language sql immutable parallel safe
+return 'pgqueue.waiting_' || subscription_id;
+
+create function pgqueue.is_registered(subscription_id int) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from pg_locks l
+    where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2
+      and l.classid = pgqueue.waiting_locks()::oid and l.objid = subscription_id::oid
+      and l.mode = 'ShareLock'
+  );
+end $$;
+
+create function pgqueue.stop_waiting(subscription_id int) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_setting text := pgqueue.waiting_setting(subscription_id);
+begin
+  if current_setting(v_setting, true) <> '' then
+    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    perform set_config(v_setting, '', false);
+  end if;
+end $$;
+
+-- Whether a transaction is in flight that may make something deliverable and
+-- may have looked for waiters before since_id was the last one drawn.
+create function pgqueue.others_in_flight(subscription_id int, since_id bigint) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from pg_locks l
+    where l.locktype = 'advisory' and l.objsubid = 2 and l.granted
+      and l.database = (select d.oid from pg_database d where d.datname = current_database())
+      and l.pid is distinct from pg_backend_pid()
+      and (
+        l.classid = pgqueue.floor_locks()::oid and pgqueue.floor_of(l.objid, since_id) <= since_id
+        or l.classid = pgqueue.settling_locks()::oid and l.objid = subscription_id::oid
+      )
+  );
+end $$;
+
+-- When the subscription may have something to deliver, as far as one can see:
+-- now (-infinity), at a time (a retry, the end of a lease), or nothing is in
+-- sight (infinity). blocked: something waits that another transaction has
+-- locked, or that a publisher in flight may yet come before.
+create function pgqueue.next_delivery(
+  s pgqueue.subscriptions, settled bigint, out at timestamptz, out blocked boolean
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := clock_timestamp();
+  v_lane pgqueue.lanes;
+  v_first pgqueue.deliveries;
+begin
+  select l.* into v_lane from pgqueue.lanes l where l.subscription_id = s.subscription_id;
+  select least(
+    (select min(r.due_at) from pgqueue.retries r where r.subscription_id = s.subscription_id),
+    (select min(e.deadline) from pgqueue.leases e where e.subscription_id = s.subscription_id)
+  ) into at;
+  select d.* into v_first from pgqueue.deliveries d
+  where d.subscription_id = s.subscription_id and d.lane = v_lane.lane and d.message_id > v_lane.low
+  order by d.message_id limit 1;
+  blocked := found;
+  if v_lane.lane > 0 then
+    perform from pgqueue.leases e
+    where e.subscription_id = s.subscription_id and e.lane = v_lane.lane and e.lane > 0
+      and e.first_id > v_lane.low
+    limit 1;
+    if found then
+      blocked := false;
+    elsif v_first.not_before > v_now then
+      blocked := false;
+      at := least(at, v_first.not_before);
+    elsif v_first.message_id <= settled then
+      perform from pgqueue.lanes l
+      where l.subscription_id = s.subscription_id and l.lane = v_lane.lane for update skip locked;
+      if found then
+        at := '-infinity';
+      end if;
+    end if;
+  elsif blocked then
+    perform from pgqueue.deliveries d
+    where d.subscription_id = s.subscription_id and d.lane = 0 and d.message_id > v_lane.low
+    order by d.message_id limit 1 for update skip locked;
+    if found then
+      at := '-infinity';
+    end if;
+  end if;
+  at := coalesce(at, 'infinity');
+end $$;
+
+create function pgqueue.await(subscription text, poll interval default '1 s') returns interval
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_subscription pgqueue.subscriptions;
+  v_setting text;
+  v_registered text;
+  v_since_id bigint;
+  v_waited interval;
+  v_in_flight boolean;
+  v_settled bigint;
+  v_next record;
+  v_sleep interval := poll;
+begin
+  perform pgqueue.require_read_committed('await');
+  perform pgqueue.require_duration('poll', poll, false);
+  v_subscription := pgqueue.subscription_named(subscription);
+
+  v_setting := pgqueue.waiting_setting(v_subscription.subscription_id);
+  if not pgqueue.is_registered(v_subscription.subscription_id) then
+    -- not to wait behind somebody who holds the lock for another purpose
+    if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
+      and not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
+    then
+      return least(poll, '10 ms');
+    end if;
+    v_registered := null;
+  else
+    v_registered := nullif(current_setting(v_setting, true), '');
+  end if;
+  if v_registered is null then
+    v_registered := pgqueue.last_id() || ' ' || extract(epoch from clock_timestamp());
+    perform set_config(v_setting, v_registered, false);
+  end if;
+  v_since_id := split_part(v_registered, ' ', 1)::bigint;
+  v_waited := clock_timestamp() - to_timestamp(split_part(v_registered, ' ', 2)::float8);
+
+  v_in_flight := pgqueue.others_in_flight(v_subscription.subscription_id, v_since_id);
+  v_settled := pgqueue.settled_by_floors(pgqueue.last_id());
+  v_next := pgqueue.next_delivery(v_subscription, v_settled);
+  if v_next.at <= clock_timestamp() then
+    return '0 s';
+  end if;
+  perform pgqueue.tend(l.subscription_id, l.lane, false)
+  from pgqueue.lanes l
+  where l.subscription_id = v_subscription.subscription_id
+    and l.low < v_settled and l.tended_at < clock_timestamp() - interval '10 s';
+  if v_next.at < 'infinity' then
+    v_sleep := least(v_sleep, v_next.at - clock_timestamp());
+  end if;
+  if v_in_flight or v_next.blocked then
+    v_sleep := least(v_sleep, greatest('2 ms', v_waited / 2));
+  end if;
+  return greatest(v_sleep, '0 s');
+end $$;
+
+comment on function pgqueue.await(text, interval) is
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.';

@@ -1,0 +1,188 @@
+-- Housekeeping. No daemon: whoever fetches or waits does what is due.
+
+-- Advances a lane's low-water mark and takes back expired leases. Skipped when
+-- another transaction is at it. delivered: the caller just took something.
+--
+-- low stays below whatever is or may come back in the lane: what is not
+-- settled, what waits (seen by a plain read, so also what another transaction
+-- has taken but not committed) and, in an ordered lane, what is leased.
+create function pgqueue.tend(subscription_id int, lane smallint, delivered boolean) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_lane pgqueue.lanes;
+  v_settled bigint;
+  v_first_id bigint;
+  v_leased_id bigint;
+  v_low bigint;
+begin
+  select l.* into v_lane from pgqueue.lanes l
+  where l.subscription_id = tend.subscription_id and l.lane = tend.lane
+  for update skip locked;
+  if not found then
+    return;
+  end if;
+  v_settled := pgqueue.settled();
+  select d.message_id into v_first_id from pgqueue.deliveries d
+  where d.subscription_id = tend.subscription_id and d.lane = tend.lane
+    and d.message_id > v_lane.low
+  order by d.message_id limit 1;
+  if lane > 0 then
+    select e.first_id into v_leased_id from pgqueue.leases e
+    where e.subscription_id = tend.subscription_id and e.lane = tend.lane and e.lane > 0
+      and e.first_id > v_lane.low
+    order by e.first_id limit 1;
+  end if;
+  v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
+  update pgqueue.lanes l set
+    low = v_low,
+    tended_at = clock_timestamp(),
+    last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
+  where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
+  perform pgqueue.reclaim(subscription_id);
+
+  -- A lock of TRUNCATE would last as long as the caller's transaction, so only
+  -- where that is, as far as one can tell, this one statement.
+  if v_low >> 16 > v_lane.low >> 16 and now() = statement_timestamp()
+    and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
+  then
+    perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
+  end if;
+end $$;
+
+-- Whether a delivery refers to a message of the leaf. One statement, so that a
+-- delivery that moves between the tables meanwhile is seen in one of them.
+create function pgqueue.leaf_is_needed(leaf int) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_oldest bigint;
+  v_newest bigint;
+begin
+  execute format('select min(message_id), max(message_id) from pgqueue.messages_%s', leaf)
+  into v_oldest, v_newest;
+  -- the leaf holds the ids of each round of the ring from run << 16 on
+  return exists (
+    select from generate_series(v_oldest >> 16, v_newest >> 16, 4) run
+    where exists (
+      select from pgqueue.lanes l cross join lateral (
+        select from pgqueue.deliveries d
+        where d.subscription_id = l.subscription_id and d.lane = l.lane
+          and d.message_id > l.low
+          and d.message_id >= run << 16 and d.message_id < (run + 1) << 16
+        limit 1
+      ) d
+    )
+  ) or exists (
+    select from pgqueue.leases e, unnest(e.message_ids) i where ((i >> 16) & 3) = leaf
+  ) or exists (
+    select from pgqueue.retries r where ((r.message_id >> 16) & 3) = leaf
+  );
+end $$;
+
+-- Truncates a leaf of messages if nothing needs it, and returns how many bytes
+-- that freed. Publishers in flight are no concern: one that has written to the
+-- leaf holds a lock that keeps ours off, one that has not writes after us. A
+-- waiting TRUNCATE makes others queue behind it, hence the short lock_timeout.
+create function pgqueue.recycle_leaf(leaf int) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '25ms'
+as $$
+declare
+  v_table text := format('pgqueue.messages_%s', leaf);
+  v_bytes bigint;
+begin
+  if ((pgqueue.last_id() + 1) >> 16) & 3 = leaf
+    or pg_relation_size(v_table::regclass) = 0
+    or pgqueue.leaf_is_needed(leaf)
+  then
+    return 0;
+  end if;
+  begin
+    execute format('lock table %s in access exclusive mode', v_table);
+  exception when lock_not_available or deadlock_detected then
+    return 0;
+  end;
+  -- only what is decided under the lock counts
+  if pgqueue.leaf_is_needed(leaf) then
+    return 0;
+  end if;
+  v_bytes := pg_total_relation_size(v_table::regclass);
+  execute format('truncate %s', v_table);
+  return v_bytes - pg_total_relation_size(v_table::regclass);
+end $$;
+
+create function pgqueue.maintain()
+returns table (task text, subject text, amount bigint)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  v_lane record;
+begin
+  perform pgqueue.require_read_committed('maintain');
+  if not pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0) then
+    return;
+  end if;
+  for v_lane in
+    select l.subscription_id, l.lane, l.low, s.subscription
+    from pgqueue.lanes l join pgqueue.subscriptions s using (subscription_id)
+    order by l.subscription_id, l.lane
+  loop
+    perform pgqueue.tend(v_lane.subscription_id, v_lane.lane, false);
+    task := 'ids passed by the low-water mark';
+    subject := v_lane.subscription;
+    select l.low - v_lane.low into amount from pgqueue.lanes l
+    where l.subscription_id = v_lane.subscription_id and l.lane = v_lane.lane;
+    if amount > 0 then
+      return next;
+    end if;
+  end loop;
+
+  task := 'rows swept of a dropped subscription';
+  for v_lane in
+    with recursive present (subscription_id) as (
+      (select d.subscription_id from pgqueue.deliveries d order by d.subscription_id limit 1)
+      union all
+      select (
+        select d.subscription_id from pgqueue.deliveries d
+        where d.subscription_id > p.subscription_id order by d.subscription_id limit 1
+      ) from present p where p.subscription_id is not null
+    )
+    select p.subscription_id from (
+      select p.subscription_id from present p
+      union select e.subscription_id from pgqueue.leases e
+      union select r.subscription_id from pgqueue.retries r
+      union select f.subscription_id from pgqueue.failures f
+      union select l.subscription_id from pgqueue.lanes l
+    ) p
+    where p.subscription_id is not null
+      and not exists (select from pgqueue.subscriptions s where s.subscription_id = p.subscription_id)
+  loop
+    subject := v_lane.subscription_id;
+    amount := pgqueue.sweep(v_lane.subscription_id);
+    if amount > 0 then
+      return next;
+    end if;
+  end loop;
+
+  task := 'bytes freed of acked messages';
+  for leaf in 0..3 loop
+    subject := format('pgqueue.messages_%s', leaf);
+    amount := pgqueue.recycle_leaf(leaf);
+    if amount > 0 then
+      return next;
+    end if;
+  end loop;
+end $$;
+
+comment on function pgqueue.maintain() is
+  'Does all the housekeeping there is and returns what it did. Consumers do it by the way; call it where topics are published to without a consumer, or out of curiosity. Concurrent calls skip.';
