@@ -1,0 +1,219 @@
+"""The loop behind `consume`: fetch, unwrap, call the handler, settle."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from .._ack import Ack
+from .._unwrap import unwrap
+from ..errors import LeaseLost, NotHeld, Requeued
+from .message import AsyncMessage
+from .runtime import HandlerResult, Slots
+from .source import AsyncSource
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+logger = logging.getLogger("pgqueue_sql")
+
+T = TypeVar("T")
+Messages = list[AsyncMessage[Any]]
+OnError = Callable[[Exception, Sequence[AsyncMessage[Any]]], None]
+
+
+class AsyncConsumer(Generic[T]):
+    """One run of `consume`.
+
+    The messages of one receipt are handled one after the other, or in groups of `batch`; what the
+    consumer does not get to (it is stopped, or the message before failed) it releases.
+    """
+
+    def __init__(
+        self,
+        source: AsyncSource,
+        handler: Callable[[Any], HandlerResult],
+        *,
+        into: Callable[..., T] | None,
+        batch: int | None,
+        prefetch: int,
+        concurrency: int,
+        stop_on_requeue: bool,
+        on_error: OnError | None,
+    ) -> None:
+        self._source = source
+        self._handler = handler
+        self._into = into
+        self._batch = batch
+        self._prefetch = prefetch
+        self._concurrency = concurrency
+        self._stop_on_requeue = stop_on_requeue
+        self._on_error = on_error
+        self._slots = Slots(concurrency)
+        self._stopping = False
+        self._errors: list[Exception] = []
+        self._at_hand: list[Messages] = []
+        self._to_ack: Messages = []
+
+    def stop(self) -> None:
+        """Let `run` return once the delivery at hand is settled. From any thread."""
+        self._stopping = True
+        self._source.stop()
+
+    async def run(self) -> None:
+        """Consume until stopped, or until something fails."""
+        try:
+            await self._source.subscribe()
+            await self._source.listen()
+            while not self._stopping:
+                await self._slots.wait_for_one()
+                if not self._stopping:
+                    await self._fetch_and_handle()
+            await self._slots.join()
+            await self._ack_handled()
+        except Exception as error:
+            self._errors.append(error)
+            self._stopping = True
+            await self._slots.join()
+        except BaseException:
+            await self._cancel()
+            raise
+        finally:
+            await self._source.close()
+        if len(self._errors) > 1:
+            raise ExceptionGroup("several errors stopped consuming", self._errors)
+        if self._errors:
+            raise self._errors[0]
+
+    async def _fetch_and_handle(self) -> None:
+        acked, self._to_ack = self._to_ack, []
+        messages = list(await self._source.fetch_pending(self._batch or self._prefetch, acked))
+        if messages:
+            self._at_hand.append(messages)
+            await self._slots.run(self._handle_receipt, messages)
+        elif not self._stopping:
+            await self._source.wait()
+
+    async def _handle_receipt(self, messages: Messages) -> None:
+        """Handle the messages of one receipt, in order. Records errors instead of raising them."""
+        size = self._batch or 1
+        try:
+            for start in range(0, len(messages), size):
+                if self._stopping or not await self._deliver(messages[start : start + size]):
+                    await self._release(messages)
+                    break
+        except Exception as error:
+            self._fail(error)
+        self._at_hand.remove(messages)
+        if self._concurrency > 1:
+            self._source.wake()
+
+    async def _deliver(self, messages: Messages) -> bool:
+        """Hand messages to the handler and settle them; False if they went back."""
+        try:
+            answer = await self._call_handler(messages)
+        except Exception as error:
+            await self._requeue(messages, error)
+            return False
+        if answer is Ack.REQUEUE or any(message.requeued for message in messages):
+            await self._requeue(messages, None)
+            return False
+        await self._ack(unsettled(messages))
+        return True
+
+    async def _call_handler(self, messages: Messages) -> Ack | None:
+        unwrapped = [unwrap(message.payload, self._into) for message in messages]
+        for message, payload in zip(messages, unwrapped, strict=True):
+            message.payload = payload
+        answer = await self._handler(messages[0] if self._batch is None else messages)
+        if answer is not None and not isinstance(answer, Ack):
+            raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
+        return answer
+
+    async def _ack(self, messages: Messages) -> None:
+        if not messages:
+            return
+        if self._concurrency == 1 and messages[-1] is self._at_hand[-1][-1] and not self._stopping:
+            # all that is left of the receipt: goes with the next fetch, to save a round trip
+            self._to_ack = messages
+        else:
+            await self._source.ack(messages)
+        for message in messages:
+            message.settled = True
+
+    async def _requeue(self, messages: Messages, handler_error: Exception | None) -> None:
+        reason = None if handler_error is None else describe(handler_error)
+        try:
+            back = unsettled(messages)
+            if back:
+                await self._source.requeue(back, error=reason)
+            for message in messages if handler_error is not None else ():
+                if message.acked_elsewhere:
+                    # the transaction that acked it was committed, or went with the exception
+                    with suppress(LeaseLost, NotHeld):
+                        await self._source.requeue([message], error=reason)
+        except Exception:
+            if handler_error is not None:
+                self._errors.append(handler_error)
+            raise
+        for message in messages:
+            message.settled = True
+        if self._stop_on_requeue:
+            self._fail(handler_error or Requeued(messages))
+        elif handler_error is not None:
+            self._report(handler_error, messages)
+
+    def _report(self, error: Exception, messages: Messages) -> None:
+        if self._on_error is not None:
+            self._on_error(error, messages)
+        else:
+            logger.error(
+                "the handler failed; requeued message %s of topic %s",
+                ", ".join(str(message.message_id) for message in messages),
+                messages[0].topic,
+                exc_info=error,
+            )
+
+    async def _release(self, messages: Messages) -> None:
+        back = unsettled(messages)
+        if back:
+            await self._source.release(back)
+        for message in back:
+            message.settled = True
+
+    async def _ack_handled(self) -> None:
+        if self._to_ack:
+            acked, self._to_ack = self._to_ack, []
+            await self._source.ack(acked)
+
+    async def _cancel(self) -> None:
+        """Give back at once what is at hand. What was handled is acked."""
+        self._stopping = True
+        at_hand = list(self._at_hand)
+        await self._slots.cancel()
+        try:
+            await self._ack_handled()
+            for messages in at_hand:
+                # a thread, or the call that was cut off, may have settled them
+                with suppress(LeaseLost, NotHeld):
+                    await self._release(messages)
+        except Exception:
+            logger.exception("could not give back what was at hand; its lease will run out")
+
+    def _fail(self, error: Exception) -> None:
+        self._errors.append(error)
+        self._stopping = True
+        self._source.wake()
+
+
+def unsettled(messages: Messages) -> Messages:
+    """Those that neither the handler nor the consumer has settled."""
+    return [message for message in messages if not message.settled]
+
+
+def describe(error: Exception) -> str:
+    """An exception in a line, for the history of failures."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,117 @@
+"""What waiting and running side by side mean with asyncio. Written twice: see _sync/runtime.py."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from asyncio import Lock
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from .._ack import Ack
+
+__all__ = ["HandlerResult", "Lock", "Slots", "Waker", "stop_on_signals"]
+
+HandlerResult: TypeAlias = Awaitable[Ack | None]
+
+
+class Waker:
+    """A sleep that other tasks and threads, or a readable socket, can end."""
+
+    def __init__(self) -> None:
+        self._woken = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def wake(self) -> None:
+        """End the sleep, or the next one. From any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    def forget(self) -> None:
+        """Let the next sleep be a full one."""
+        self._woken.clear()
+
+    async def wait(self, seconds: float, fileno: int | None = None) -> None:
+        """Sleep, and forget the wake-up that ended it."""
+        if fileno is not None:
+            self._loop.add_reader(fileno, self._woken.set)
+        try:
+            await asyncio.wait_for(self._woken.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            if fileno is not None:
+                self._loop.remove_reader(fileno)
+        self._woken.clear()
+
+    def close(self) -> None:
+        """Nothing to free here."""
+
+
+class Slots:
+    """Runs up to `limit` coroutines side by side; with a limit of 1, in place."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> int:
+        """How many run now."""
+        return len(self._tasks)
+
+    async def run(self, work: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> None:
+        """Run work(argument). It must not raise, but for being cancelled."""
+        if self._limit == 1:
+            await work(argument)
+            return
+        task = asyncio.create_task(work(argument))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def wait_for_one(self) -> None:
+        """Wait until fewer than `limit` run."""
+        while len(self._tasks) >= self._limit:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    async def join(self) -> None:
+        """Wait until none runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def cancel(self) -> None:
+        """End at once what runs."""
+        for task in self._tasks:
+            task.cancel()
+        await self.join()
+
+
+@contextmanager
+def stop_on_signals(enabled: bool, stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at the first SIGINT or SIGTERM; at a second one, cancel the task."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    stopping = False
+
+    def on_signal() -> None:
+        nonlocal stopping
+        if stopping and task is not None:
+            task.cancel()
+        stopping = True
+        stop()
+
+    replaced: dict[signal.Signals, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM) if enabled else ():
+        previous = signal.getsignal(number)
+        try:
+            loop.add_signal_handler(number, on_signal)
+        except (NotImplementedError, RuntimeError, ValueError):
+            break  # not the main thread, or Windows
+        replaced[number] = previous
+    try:
+        yield
+    finally:
+        for number, previous in replaced.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, previous)

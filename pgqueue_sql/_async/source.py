@@ -1,0 +1,259 @@
+"""Where messages come from: the protocol that `consume` needs, and its implementation in SQL."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeAlias
+
+import psycopg
+from psycopg import AsyncConnection, sql
+
+from ..errors import LeaseLost, translated
+from .message import AsyncMessage, AsyncSettler
+from .runtime import Lock, Waker
+
+logger = logging.getLogger("pgqueue_sql")
+
+Connect: TypeAlias = Callable[[], Awaitable[AsyncConnection[Any]]]
+
+# How long to go on trying to get a lost connection back, and the longest pause between two tries.
+RECONNECT_SECONDS = 300.0
+RECONNECT_PAUSE_SECONDS = 5.0
+
+
+class AsyncSource(AsyncSettler, Protocol):
+    """What `consume` consumes from. A test, or another store, can stand in for SQL.
+
+    `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
+    settles through the methods of AsyncSettler; `close` comes last.
+    """
+
+    async def subscribe(self) -> None:
+        """Make sure that the subscription exists."""
+
+    async def listen(self) -> None:
+        """From now on let `wait` end when something arrives."""
+
+    async def fetch_pending(
+        self, max_messages: int, acked: Sequence[AsyncMessage[Any]] = ()
+    ) -> Sequence[AsyncMessage[Any]]:
+        """Take up to `max_messages`, all of one receipt, which are to be handled one by one.
+
+        First ack `acked`, which is all that is left of one receipt.
+        """
+
+    async def wait(self) -> None:
+        """Return when there may be something to fetch, or `wake` or `stop` was called."""
+
+    def wake(self) -> None:
+        """Let `wait` return, or the next one. From any thread."""
+
+    def stop(self) -> None:
+        """Like `wake`; and from now on give up at once what takes long. From any thread."""
+
+    async def close(self) -> None:
+        """Free what `listen` took."""
+
+
+class AsyncSQLSource:
+    """A subscription in PostgreSQL, on a connection of its own.
+
+    A lost connection is made anew, with growing pauses, for up to RECONNECT_SECONDS.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        subscription: str,
+        *,
+        settings: dict[str, Any] | None = None,
+        lease: float = 30.0,
+        poll: float = 1.0,
+        listen: bool = True,
+    ) -> None:
+        self._connect = connect
+        self._subscription = subscription
+        self._settings = settings
+        self._lease = timedelta(seconds=lease)
+        self._poll = poll
+        self._listen = listen
+        self._connection: AsyncConnection[Any] | None = None
+        self._connecting = Lock()
+        self._waker = Waker()
+        self._stopped = False
+
+    async def subscribe(self) -> None:
+        """Create the subscription, if settings for it were given."""
+        if self._settings is not None:
+            await self._execute(*subscribe_call(self._subscription, self._settings))
+
+    async def listen(self) -> None:
+        """Connect, and LISTEN."""
+        await self._connected()
+
+    async def fetch_pending(
+        self, max_messages: int, acked: Sequence[AsyncMessage[Any]] = ()
+    ) -> Sequence[AsyncMessage[Any]]:
+        """Call pgqueue.receive."""
+        rows = await self._execute(
+            "select message_id, topic, key, headers, payload, published_at, deliveries, receipt"
+            " from pgqueue.receive(%s, %s, %s, %s)",
+            (
+                self._subscription,
+                max_messages,
+                self._lease,
+                acked[0].receipt if acked else None,
+            ),
+            settles=bool(acked),
+        )
+        return [AsyncMessage(*row, self) for row in rows]  # type: ignore[call-arg]
+
+    async def wait(self) -> None:
+        """Call pgqueue.await, and sleep as long as it says, a notification permitting."""
+        if not self._listen:
+            await self._waker.wait(self._poll)
+            return
+        # what woke us so far is there to see for the statement that follows
+        self._waker.forget()
+        if self._stopped:
+            return
+        ((seconds,),) = await self._execute(
+            "select extract(epoch from pgqueue.await(%s, %s))::float8",
+            (self._subscription, timedelta(seconds=self._poll)),
+        )
+        connection = self._connection
+        if seconds <= 0 or connection is None or connection.closed:
+            return
+        # libpq may have read a notification together with the last result
+        if connection.pgconn.notifies() is None:
+            await self._waker.wait(seconds, connection.fileno())
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._waker.wake()
+
+    def stop(self) -> None:
+        """Let `wait` return, and do not try to reconnect any more."""
+        self._stopped = True
+        self._waker.wake()
+
+    async def ack(self, messages: Sequence[AsyncMessage[Any]]) -> None:
+        """Call pgqueue.ack."""
+        await self._execute(
+            "select pgqueue.ack(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
+        )
+
+    async def requeue(
+        self,
+        messages: Sequence[AsyncMessage[Any]],
+        delay: float | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Call pgqueue.requeue."""
+        await self._execute(
+            "select pgqueue.requeue(%s, %s, %s, %s)",
+            (
+                messages[0].receipt,
+                ids(messages),
+                None if delay is None else timedelta(seconds=delay),
+                # text in PostgreSQL has no NUL
+                None if error is None else error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            ),
+            settles=True,
+        )
+
+    async def release(self, messages: Sequence[AsyncMessage[Any]]) -> None:
+        """Call pgqueue.release."""
+        await self._execute(
+            "select pgqueue.release(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
+        )
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._waker.close()
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def _open(self) -> AsyncConnection[Any]:
+        connection = await self._connect()
+        try:
+            await connection.set_autocommit(True)
+            await connection.execute("set idle_session_timeout = 0")
+            connection.add_notify_handler(lambda notify: self._waker.wake())
+            with translated():
+                cursor = await connection.execute(
+                    "select pgqueue.channel(%s)", (self._subscription,)
+                )
+                row = await cursor.fetchone()
+            if self._listen and row is not None:
+                await connection.execute(sql.SQL("listen {}").format(sql.Identifier(row[0])))
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _execute(
+        self, query: str, parameters: Sequence[Any], *, settles: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """Execute a statement, again if the connection was lost meanwhile.
+
+        When it settles something, it may have been committed before the connection was lost: then
+        the second try finds no lease, and that is no error.
+        """
+        repeated = False
+        while True:
+            connection = await self._connected()
+            try:
+                with translated():
+                    cursor = await connection.execute(query, parameters)
+                    return await cursor.fetchall()
+            except psycopg.OperationalError:
+                if not connection.closed or (self._stopped and repeated):
+                    raise
+                logger.warning("lost the connection to %s", self._subscription, exc_info=True)
+                repeated = True
+            except LeaseLost:
+                if not (settles and repeated):
+                    raise
+                logger.warning(
+                    "after a lost connection: messages of %s were settled by the call that it"
+                    " broke, or have gone to another consumer",
+                    self._subscription,
+                )
+                return []
+
+    async def _connected(self) -> AsyncConnection[Any]:
+        async with self._connecting:
+            if self._connection is not None and not self._connection.closed:
+                return self._connection
+            if self._connection is None:
+                self._connection = await self._open()
+                return self._connection
+            pause = waited = 0.0
+            while True:
+                try:
+                    self._connection = await self._open()
+                    logger.info("connected to %s", self._subscription)
+                    return self._connection
+                except psycopg.OperationalError:
+                    if self._stopped or waited >= RECONNECT_SECONDS:
+                        raise
+                pause = min(max(pause * 2, 0.1), RECONNECT_PAUSE_SECONDS) * random.uniform(0.8, 1.2)
+                waited += pause
+                await self._waker.wait(pause)
+
+
+def ids(messages: Sequence[AsyncMessage[Any]]) -> list[int]:
+    """The ids of messages."""
+    return [message.message_id for message in messages]
+
+
+def subscribe_call(name: str, settings: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    """The statement, and its parameters, that creates a subscription."""
+    return (
+        "select pgqueue.subscribe(%s, %s, ordering => %s, max_attempts => %s)",
+        (name, settings["topic"], settings["ordering"], settings["max_attempts"]),
+    )
