@@ -15,7 +15,6 @@ from typing import Any
 import psycopg
 
 from . import Ack, Message, PgQueueError, __version__, connect, install
-from ._demo import demo
 from ._table import table
 
 PUBLISHED_AT_ONCE = 1000
@@ -91,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="again and again"
     )
 
-    command("demo", lambda arguments: demo(arguments.dsn), "Show what pgqueue does.")
+    command("demo", run_demo, "Show what pgqueue does, on the database given or one of its own.")
     return top
 
 
@@ -176,6 +175,13 @@ def run_status(arguments: argparse.Namespace) -> None:
                 cursor.execute("select * from pgqueue.status")
                 names = [column.name for column in cursor.description or ()]
                 print(table(names, cursor.fetchall()), flush=True)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Run the demo."""
+    from ._demo import demo  # noqa: PLC0415 - needs POSIX, which the rest does not
+
+    return demo(arguments.dsn)
 
 
 def once_or_every(seconds: float | None) -> Iterator[None]:

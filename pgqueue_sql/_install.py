@@ -27,15 +27,19 @@ def install(connection: Connection[Any]) -> str:
     """Install the schema pgqueue in one transaction, and say what was done.
 
     On a database that has this version, as an extension or by script, it changes nothing. Raises
-    PgQueueError, saying what to do, if it has another version or a schema pgqueue that is not
-    ours.
+    PgQueueError, saying what to do, if it has another version or a schema pgqueue of another use.
     """
     with connection.transaction(), connection.cursor(row_factory=tuple_row) as cursor:
         # two installers at a time: the second one sees what the first one did
         cursor.execute("select pg_advisory_xact_lock(hashtextextended('pgqueue install', 0))")
-        cursor.execute("select to_regnamespace('pgqueue'), to_regproc('pgqueue.version')")
-        schema, version_function = cursor.fetchone() or (None, None)
-        if version_function is not None:
+        # DROP EXTENSION leaves its schema behind, empty
+        cursor.execute(
+            "select to_regproc('pgqueue.version') is not null, exists ("
+            " select from pg_class where relnamespace = to_regnamespace('pgqueue')"
+            " union all select from pg_proc where pronamespace = to_regnamespace('pgqueue'))"
+        )
+        has_version, has_objects = cursor.fetchone() or (False, False)
+        if has_version:
             cursor.execute("select pgqueue.version()")
             ((installed,),) = cursor.fetchall()
             if installed == VERSION:
@@ -46,12 +50,12 @@ def install(connection: Connection[Any]) -> str:
                 f" files on the server; else install the Python package pgqueue-sql {installed},"
                 " or drop the schema pgqueue, with all messages, and install again."
             )
-        if schema is not None:
+        if has_objects:
             raise PgQueueError(
-                "there is a schema pgqueue that pgqueue did not make.\n"
+                "there is a schema pgqueue with something else in it.\n"
                 "Rename it (ALTER SCHEMA pgqueue RENAME TO ...) or drop it, and install again."
             )
-        cursor.execute("create schema pgqueue")
+        cursor.execute("create schema if not exists pgqueue")
         # bytes, as psycopg passes many statements at once only without parameters
         cursor.execute(script().encode())
     return f"installed pgqueue {VERSION}"

@@ -14,12 +14,22 @@ create type pgqueue.claim as (
   tending_is_due boolean
 );
 
+-- Whether the transaction is, as far as one can tell, this one statement. Locks
+-- last as long as the transaction: where a handler may run in it, housekeeping
+-- that keeps others off something had better wait.
+create function pgqueue.ends_soon() returns boolean
+language sql stable
+return now() = statement_timestamp();
+
 -- Whether tend() is worth its while: about once a second, or when fetches have
 -- come to start thousands of dead entries above low.
 create function pgqueue.tending_is_due(l pgqueue.lanes, first_id bigint) returns boolean
 language sql volatile
-return least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1 s'
-  or (first_id > l.low + 4096 and l.tended_at < clock_timestamp() - interval '50 ms');
+return case when pgqueue.ends_soon()
+  then least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1 s'
+    or (first_id > l.low + 4096 and l.tended_at < clock_timestamp() - interval '50 ms')
+  else l.tended_at < clock_timestamp() - interval '10 s'
+end;
 
 -- From lane 0: due retries first, then the oldest deliveries, passing over
 -- what other consumers have locked. A retry marked alone comes by itself.

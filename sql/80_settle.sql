@@ -304,7 +304,8 @@ comment on function pgqueue.extend(bigint, interval) is
 
 -- Takes back the leases of the subscription whose deadline has passed, and
 -- returns how many deliveries that brought back. They are handed out one at a
--- time from then on: nobody knows which one of the batch was to blame.
+-- time from then on: nobody knows which one of the batch was to blame. Until
+-- the commit nobody else sees them, so a long transaction takes one lease only.
 create function pgqueue.reclaim(subscription_id int) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -318,7 +319,7 @@ begin
   for v_lease in
     select e.* from pgqueue.leases e
     where e.subscription_id = reclaim.subscription_id and e.deadline < v_now
-    order by e.deadline limit 100
+    order by e.deadline limit case when pgqueue.ends_soon() then 100 else 1 end
     for update skip locked
   loop
     v_lease := pgqueue.settle(v_lease, null);

@@ -43,9 +43,7 @@ begin
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
   perform pgqueue.reclaim(subscription_id);
 
-  -- A lock of TRUNCATE would last as long as the caller's transaction, so only
-  -- where that is, as far as one can tell, this one statement.
-  if v_low >> 16 > v_lane.low >> 16 and now() = statement_timestamp()
+  if v_low >> 16 > v_lane.low >> 16 and pgqueue.ends_soon()
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
   then
     perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
