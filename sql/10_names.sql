@@ -29,6 +29,13 @@ create function pgqueue.is_name(name text) returns boolean
 language sql immutable parallel safe
 return name <> '' and length(name) <= 200 and name !~ '^ |[''"`%\\\u0001-\u001f\u007f-\u009f]';
 
+-- Domains, because the CHECK constraint of a table is parsed anew for every
+-- statement, which costs as much as a row.
+create domain pgqueue.topic_name as text
+  constraint is_a_name check (pgqueue.is_name(value));
+create domain pgqueue.message_headers as jsonb
+  constraint is_an_object check (jsonb_typeof(value) = 'object');
+
 create function pgqueue.require_name(kind text, name text) returns void
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp

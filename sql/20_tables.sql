@@ -55,9 +55,9 @@ create table pgqueue.lanes (
 create table pgqueue.messages (
   message_id bigint not null default nextval('pgqueue.message_ids'),
   published_at timestamptz not null default clock_timestamp(),
-  topic text not null constraint messages_topic_is_a_name check (pgqueue.is_name(topic)),
+  topic pgqueue.topic_name not null,
   key text,
-  headers jsonb constraint messages_headers_are_an_object check (jsonb_typeof(headers) = 'object'),
+  headers pgqueue.message_headers,
   payload jsonb not null
 ) partition by list (((message_id >> 16) & 3));
 

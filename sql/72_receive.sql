@@ -1,0 +1,117 @@
+-- Taking deliveries. Every function here that a consumer calls pins its plans:
+-- a queue table is analyzed when it is empty and then grows, and a plan that
+-- went by that would read the whole table for every fetch.
+
+create function pgqueue.fetch_pending(subscription text, max_messages int default 1)
+returns setof pgqueue.pending_message
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_subscription pgqueue.subscriptions;
+  v_settled bigint;
+  v_claim pgqueue.claim;
+begin
+  perform pgqueue.require_read_committed('fetch_pending');
+  perform pgqueue.require_positive('max_messages', max_messages);
+  v_subscription := pgqueue.subscription_named(subscription);
+  if v_subscription.ordering <> 'none' then
+    v_settled := pgqueue.settled_before();
+  end if;
+  v_claim := pgqueue.claim_pending(v_subscription, max_messages, v_settled);
+  if v_claim.message_ids is not null then
+    return query select m.* from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;
+  end if;
+end $$;
+
+comment on function pgqueue.fetch_pending(text, int) is
+  'The next deliverable messages, oldest first, locked for the caller until its transaction ends. Changes nothing: call mark_delivered to take them.';
+
+create function pgqueue.mark_delivered(
+  subscription text,
+  message_ids bigint[],
+  lease interval default '30 s'
+) returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  v_subscription pgqueue.subscriptions;
+  v_ids bigint[];
+  v_claim pgqueue.claim;
+begin
+  perform pgqueue.require_read_committed('mark_delivered');
+  perform pgqueue.require_duration('lease', lease, false);
+  v_ids := pgqueue.require_message_ids(message_ids);
+  v_subscription := pgqueue.subscription_named(subscription);
+  if v_subscription.ordering = 'none' then
+    v_claim := pgqueue.claim_named(v_subscription.subscription_id, v_ids);
+  else
+    v_claim := pgqueue.claim_ordered(
+      v_subscription.subscription_id, 1::smallint, cardinality(v_ids), pgqueue.settled_before()
+    );
+  end if;
+  if v_claim.message_ids is distinct from v_ids then
+    raise exception using
+      errcode = 'PQ004',
+      message = format('not all of the messages can be taken from subscription %s', quote_ident(subscription)),
+      detail = format(
+        'Named were %s; of these, or instead of these, there could be taken %s.',
+        v_ids, coalesce(v_claim.message_ids::text, 'none')
+      ),
+      hint = 'Call fetch_pending before, in the same transaction, and name what it returned'
+        || case v_subscription.ordering when 'none' then '.' else ': all of it, or its first messages.' end;
+  end if;
+  return pgqueue.take(v_claim, lease);
+end $$;
+
+comment on function pgqueue.mark_delivered(text, bigint[], interval) is
+  'Takes messages that fetch_pending returned: counts the attempt, and leases them to the caller, also after COMMIT, for the length of lease. Returns the receipt to ack, requeue or extend them with.';
+
+create function pgqueue.receive(
+  subscription text,
+  max_messages int default 1,
+  lease interval default '30 s',
+  ack_receipt bigint default null
+) returns setof pgqueue.received_message
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_subscription pgqueue.subscriptions;
+  v_settled bigint;
+  v_claim pgqueue.claim;
+  v_receipt bigint;
+begin
+  perform pgqueue.require_read_committed('receive');
+  perform pgqueue.require_positive('max_messages', max_messages);
+  perform pgqueue.require_duration('lease', lease, false);
+  v_subscription := pgqueue.subscription_named(subscription);
+  perform pgqueue.stop_waiting(v_subscription.subscription_id);
+  if v_subscription.ordering <> 'none' then
+    -- before the ack: it is cheaper in a transaction that has written nothing
+    v_settled := pgqueue.settled();
+  end if;
+  if ack_receipt is not null then
+    perform pgqueue.ack(ack_receipt);
+  end if;
+  v_claim := pgqueue.claim_pending(v_subscription, max_messages, v_settled);
+  if v_claim.message_ids is not null then
+    v_receipt := pgqueue.take(v_claim, lease);
+    return query
+    select m.*, v_receipt from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;
+  end if;
+end $$;
+
+comment on function pgqueue.receive(text, int, interval, bigint) is
+  'fetch_pending and mark_delivered in one call: takes the next messages under a lease and returns them with their receipt. Acks the receipt ack_receipt first, in the same transaction.';

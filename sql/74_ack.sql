@@ -1,0 +1,166 @@
+-- Settling what a consumer holds, and holding it longer.
+
+create function pgqueue.require_message_ids(message_ids bigint[]) returns bigint[]
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if cardinality(message_ids) > 0 and array_position(message_ids, null) is null then
+    return array(select distinct i from unnest(message_ids) i order by i);
+  end if;
+  raise exception using
+    errcode = 'invalid_parameter_value',
+    message = format('message_ids is %s', coalesce(message_ids::text, 'NULL')),
+    hint = 'Pass an array of message ids, without NULLs, of at least one element.';
+end $$;
+
+-- Locks the lease. Waits if another transaction is settling it too, and fails
+-- when it is gone: then its messages are, or were, somebody else's.
+create function pgqueue.lease_of(receipt bigint) returns pgqueue.leases
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_lease pgqueue.leases;
+begin
+  select e.* into v_lease from pgqueue.leases e
+  where e.receipt = lease_of.receipt for update;
+  if not found then
+    perform pgqueue.raise_lease_lost(receipt);
+  end if;
+  return v_lease;
+end $$;
+
+create function pgqueue.raise_lease_lost(receipt bigint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if receipt is null then
+    raise exception using
+      errcode = 'null_value_not_allowed',
+      message = 'the receipt is NULL',
+      hint = 'Pass the receipt that receive or mark_delivered returned.';
+  end if;
+  raise exception using
+    errcode = 'PQ003',
+    message = format('there is no lease with receipt %s', receipt),
+    detail = 'Its messages were settled already, or its deadline passed and they went to another consumer, or the subscription was dropped.',
+    hint = 'Do not repeat the call. If the deadline passed: ask for a longer lease, or extend it in time.';
+end $$;
+
+-- The part of a lease that a call names: the whole without message_ids. The
+-- lease itself shrinks by it, or goes.
+create function pgqueue.settle(inout l pgqueue.leases, message_ids bigint[])
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_ids bigint[];
+  v_foreign bigint[];
+  v_rest_ids bigint[];
+  v_rest_attempts smallint[];
+begin
+  if message_ids is null then
+    delete from pgqueue.leases e where e.receipt = (l).receipt;
+    return;
+  end if;
+  v_ids := pgqueue.require_message_ids(message_ids);
+  v_foreign := array(select i from unnest(v_ids) i where i <> all (l.message_ids));
+  if cardinality(v_foreign) > 0 then
+    raise exception using
+      errcode = 'PQ004',
+      message = format('receipt %s does not hold all of the messages', (l).receipt),
+      detail = format('Named were %s; the receipt does not hold %s.', v_ids, v_foreign),
+      hint = 'Name messages of this receipt that were not acked or requeued before.';
+  end if;
+  select
+    array_agg(i.id) filter (where i.id <> all (v_ids)),
+    array_agg(i.attempts) filter (where i.id <> all (v_ids)),
+    array_agg(i.id) filter (where i.id = any (v_ids)),
+    array_agg(i.attempts) filter (where i.id = any (v_ids))
+  into v_rest_ids, v_rest_attempts, l.message_ids, l.attempts
+  from unnest(l.message_ids, l.attempts) as i (id, attempts);
+  if v_rest_ids is null then
+    delete from pgqueue.leases e where e.receipt = (l).receipt;
+  else
+    update pgqueue.leases e set message_ids = v_rest_ids, attempts = v_rest_attempts
+    where e.receipt = (l).receipt;
+  end if;
+end $$;
+
+create function pgqueue.ack(receipt bigint, message_ids bigint[] default null) returns int
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  v_lease pgqueue.leases := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
+begin
+  if 1 <> any (v_lease.attempts) then
+    delete from pgqueue.failures f
+    where f.subscription_id = v_lease.subscription_id and f.message_id = any (v_lease.message_ids);
+  end if;
+  perform pgqueue.stamp_ack(v_lease.subscription_id, v_lease.lane);
+  if v_lease.lane > 0 then
+    perform pgqueue.wake_when_settled(v_lease.subscription_id);
+  end if;
+  return cardinality(v_lease.message_ids);
+end $$;
+
+comment on function pgqueue.ack(bigint, bigint[]) is
+  'Settles the messages of a receipt, all or the named ones: they are done and never come back. Returns how many. Error PQ003 if the lease is lost.';
+
+-- For people to read, so once a second is enough; and never where it could
+-- wait for another transaction or fail for its isolation level.
+create function pgqueue.stamp_ack(subscription_id int, lane smallint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    return;
+  end if;
+  perform from pgqueue.lanes l
+  where l.subscription_id = stamp_ack.subscription_id and l.lane = stamp_ack.lane
+    and l.last_ack_at < clock_timestamp() - interval '1 s'
+  for update skip locked;
+  if found then
+    update pgqueue.lanes l set last_ack_at = clock_timestamp()
+    where l.subscription_id = stamp_ack.subscription_id and l.lane = stamp_ack.lane;
+  end if;
+end $$;
+
+create function pgqueue.extend(receipt bigint, lease interval) returns timestamptz
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_deadline timestamptz;
+begin
+  perform pgqueue.require_duration('lease', lease, false);
+  -- An ack in a handler's open transaction holds the row: do not wait for it.
+  perform from pgqueue.leases e where e.receipt = extend.receipt for update skip locked;
+  if not found then
+    perform from pgqueue.leases e where e.receipt = extend.receipt;
+    if not found then
+      perform pgqueue.raise_lease_lost(receipt);
+    end if;
+    raise exception using
+      errcode = 'lock_not_available',
+      message = format('the lease with receipt %s is being settled by another transaction', receipt),
+      hint = 'Nothing needs to be done: while that transaction is open nobody else gets the messages.';
+  end if;
+  update pgqueue.leases e set deadline = greatest(e.deadline, clock_timestamp() + lease)
+  where e.receipt = extend.receipt
+  returning e.deadline into v_deadline;
+  return v_deadline;
+end $$;
+
+comment on function pgqueue.extend(bigint, interval) is
+  'Moves the deadline of a lease to at least the length of lease from now and returns it. Error PQ003 if the lease is lost.';
