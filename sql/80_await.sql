@@ -61,7 +61,8 @@ end $$;
 -- When the subscription may have something to deliver, as far as one can see:
 -- now (-infinity), at a time (a retry, the end of a lease), or nothing is in
 -- sight (infinity). blocked: something waits that another transaction has
--- locked, or that a publisher in flight may yet come before.
+-- locked, or that a publisher in flight may yet come before. Only what can be
+-- locked counts as deliverable, or the caller would fetch in vain, in a loop.
 create function pgqueue.next_delivery(
   s pgqueue.subscriptions, settled bigint, out at timestamptz, out blocked boolean
 )
@@ -74,15 +75,42 @@ declare
   v_first pgqueue.deliveries;
 begin
   select l.* into v_lane from pgqueue.lanes l where l.subscription_id = s.subscription_id;
-  select least(
-    (select min(r.due_at) from pgqueue.retries r where r.subscription_id = s.subscription_id),
-    (select min(e.deadline) from pgqueue.leases e where e.subscription_id = s.subscription_id)
-  ) into at;
   select d.* into v_first from pgqueue.deliveries d
   where d.subscription_id = s.subscription_id and d.lane = v_lane.lane and d.message_id > v_lane.low
   order by d.message_id limit 1;
-  blocked := found;
-  if v_lane.lane > 0 then
+  blocked := v_first.message_id is not null;
+
+  perform from pgqueue.leases e
+  where e.subscription_id = s.subscription_id and e.deadline < v_now
+  order by e.deadline limit 1 for update skip locked;
+  if found then
+    at := '-infinity';
+    return;
+  end if;
+  select least(
+    (select min(r.due_at) from pgqueue.retries r
+     where r.subscription_id = s.subscription_id and r.due_at > v_now),
+    (select min(e.deadline) from pgqueue.leases e
+     where e.subscription_id = s.subscription_id and e.deadline >= v_now)
+  ) into at;
+
+  if v_lane.lane = 0 then
+    perform from pgqueue.retries r
+    where r.subscription_id = s.subscription_id and r.due_at <= v_now
+    order by r.due_at, r.message_id limit 1 for update skip locked;
+    if not found and blocked then
+      perform from pgqueue.deliveries d
+      where d.subscription_id = s.subscription_id and d.lane = 0 and d.message_id > v_lane.low
+      order by d.message_id limit 1 for update skip locked;
+    end if;
+    if found then
+      at := '-infinity';
+    end if;
+    blocked := blocked or exists (
+      select from pgqueue.retries r
+      where r.subscription_id = s.subscription_id and r.due_at <= v_now
+    );
+  else
     perform from pgqueue.leases e
     where e.subscription_id = s.subscription_id and e.lane = v_lane.lane and e.lane > 0
       and e.first_id > v_lane.low
@@ -98,13 +126,6 @@ begin
       if found then
         at := '-infinity';
       end if;
-    end if;
-  elsif blocked then
-    perform from pgqueue.deliveries d
-    where d.subscription_id = s.subscription_id and d.lane = 0 and d.message_id > v_lane.low
-    order by d.message_id limit 1 for update skip locked;
-    if found then
-      at := '-infinity';
     end if;
   end if;
   at := coalesce(at, 'infinity');
