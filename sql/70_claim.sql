@@ -210,12 +210,13 @@ begin
 end $$;
 
 -- Turns a claim into a lease and returns its receipt.
-create function pgqueue.take(c pgqueue.claim, lease interval) returns bigint
+create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_receipt bigint;
+  v_owner int := pgqueue.owner_of_session(owner);
 begin
   if c.delivery_tids is not null then
     delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids);
@@ -223,10 +224,11 @@ begin
   if c.retry_tids is not null then
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
   end if;
-  insert into pgqueue.leases as e (subscription_id, lane, first_id, message_ids, attempts, deadline)
-  values (
+  insert into pgqueue.leases as e (
+    subscription_id, lane, first_id, message_ids, attempts, owner, owner_pid, deadline
+  ) values (
     c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts,
-    clock_timestamp() + lease
+    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
   )
   returning e.receipt into v_receipt;
   if c.tending_is_due then

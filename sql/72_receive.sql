@@ -33,7 +33,8 @@ comment on function pgqueue.fetch_pending(text, int) is
 create function pgqueue.mark_delivered(
   subscription text,
   message_ids bigint[],
-  lease interval default '30 s'
+  lease interval default '30 s',
+  owner int default null
 ) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -69,17 +70,18 @@ begin
       hint = 'Call fetch_pending before, in the same transaction, and name what it returned'
         || case v_subscription.ordering when 'none' then '.' else ': all of it, or its first messages.' end;
   end if;
-  return pgqueue.take(v_claim, lease);
+  return pgqueue.take(v_claim, lease, owner);
 end $$;
 
-comment on function pgqueue.mark_delivered(text, bigint[], interval) is
-  'Takes messages that fetch_pending returned: counts the attempt, and leases them to the caller, also after COMMIT, for the length of lease. Returns the receipt to ack, requeue or extend them with.';
+comment on function pgqueue.mark_delivered(text, bigint[], interval, int) is
+  'Takes messages that fetch_pending returned: counts the attempt, and leases them to the caller, also after COMMIT, for the length of lease, and while the session lives if owner is what attach returned. Returns the receipt to ack, requeue or extend them with.';
 
 create function pgqueue.receive(
   subscription text,
   max_messages int default 1,
   lease interval default '30 s',
-  ack_receipt bigint default null
+  ack_receipt bigint default null,
+  owner int default null
 ) returns setof pgqueue.received_message
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -107,11 +109,11 @@ begin
   end if;
   v_claim := pgqueue.claim_pending(v_subscription, max_messages, v_settled);
   if v_claim.message_ids is not null then
-    v_receipt := pgqueue.take(v_claim, lease);
+    v_receipt := pgqueue.take(v_claim, lease, owner);
     return query
     select m.*, v_receipt from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;
   end if;
 end $$;
 
-comment on function pgqueue.receive(text, int, interval, bigint) is
-  'fetch_pending and mark_delivered in one call: takes the next messages under a lease and returns them with their receipt. Acks the receipt ack_receipt first, in the same transaction.';
+comment on function pgqueue.receive(text, int, interval, bigint, int) is
+  'fetch_pending and mark_delivered in one call: takes the next messages under a lease and returns them with their receipt. Acks the receipt ack_receipt first, in the same transaction. owner, from attach: the lease ends with the session.';

@@ -137,8 +137,8 @@ end $$;
 comment on function pgqueue.release(bigint, bigint[]) is
   'Gives messages of a receipt back untouched, all or the named ones: for a consumer that stops before it has tried them. The attempt does not count. Returns how many. Error PQ003 if the lease is lost.';
 
--- Takes back the leases of the subscription whose deadline has passed, and
--- returns how many deliveries that brought back. They are handed out one at a
+-- Takes back the leases of the subscription whose deadline has passed or whose
+-- owner is dead, and returns how many deliveries that brought back. They are handed out one at a
 -- time from then on: nobody knows which one of the batch was to blame. Until
 -- the commit nobody else sees them, so a long transaction takes one lease only.
 create function pgqueue.reclaim(subscription_id int) returns int
@@ -148,13 +148,19 @@ as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
+  v_ended record := pgqueue.ended_leases(subscription_id);
   v_lease pgqueue.leases;
   v_count int := 0;
 begin
+  if v_ended.overdue is null and v_ended.orphaned is null then
+    return 0;
+  end if;
   for v_lease in
     select e.* from pgqueue.leases e
-    where e.subscription_id = reclaim.subscription_id and e.deadline < v_now
-    order by e.deadline limit case when pgqueue.ends_soon() then 100 else 1 end
+    where e.receipt = any (v_ended.overdue || v_ended.orphaned)
+      -- it may have been extended meanwhile
+      and (e.deadline < v_now or e.receipt = any (v_ended.orphaned))
+    limit case when pgqueue.ends_soon() then 100 else 1 end
     for update skip locked
   loop
     v_lease := pgqueue.settle(v_lease, null);

@@ -73,6 +73,7 @@ declare
   v_now timestamptz := clock_timestamp();
   v_lane pgqueue.lanes;
   v_first pgqueue.deliveries;
+  v_ended record;
 begin
   select l.* into v_lane from pgqueue.lanes l where l.subscription_id = s.subscription_id;
   select d.* into v_first from pgqueue.deliveries d
@@ -80,9 +81,10 @@ begin
   order by d.message_id limit 1;
   blocked := v_first.message_id is not null;
 
+  v_ended := pgqueue.ended_leases(s.subscription_id);
   perform from pgqueue.leases e
-  where e.subscription_id = s.subscription_id and e.deadline < v_now
-  order by e.deadline limit 1 for update skip locked;
+  where e.receipt = any (v_ended.overdue || v_ended.orphaned)
+  limit 1 for update skip locked;
   if found then
     at := '-infinity';
     return;

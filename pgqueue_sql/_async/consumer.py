@@ -12,7 +12,7 @@ from .._ack import Ack
 from .._unwrap import unwrap
 from ..errors import LeaseLost, NotHeld, Requeued
 from .message import AsyncMessage
-from .runtime import HandlerResult, Slots
+from .runtime import HandlerCall, HandlerResult, Heartbeat, Slots
 from .source import AsyncSource
 
 if sys.version_info < (3, 11):
@@ -53,6 +53,9 @@ class AsyncConsumer(Generic[T]):
         self._stop_on_requeue = stop_on_requeue
         self._on_error = on_error
         self._slots = Slots(concurrency)
+        # often enough that one late or lost beat does not lose the lease
+        self._heartbeat = Heartbeat(source.lease / 3, self._extend_leases)
+        self._calls: dict[int, HandlerCall] = {}
         self._stopping = False
         self._errors: list[Exception] = []
         self._at_hand: list[Messages] = []
@@ -68,6 +71,7 @@ class AsyncConsumer(Generic[T]):
         try:
             await self._source.subscribe()
             await self._source.listen()
+            self._heartbeat.start()
             while not self._stopping:
                 await self._slots.wait_for_one()
                 if not self._stopping:
@@ -82,6 +86,7 @@ class AsyncConsumer(Generic[T]):
             await self._cancel()
             raise
         finally:
+            await self._heartbeat.stop()
             await self._source.close()
         if len(self._errors) > 1:
             raise ExceptionGroup("several errors stopped consuming", self._errors)
@@ -115,6 +120,8 @@ class AsyncConsumer(Generic[T]):
         """Hand messages to the handler and settle them; False if they went back."""
         try:
             answer = await self._call_handler(messages)
+        except LeaseLost:
+            raise  # nothing is left to settle
         except Exception as error:
             await self._requeue(messages, error)
             return False
@@ -128,10 +135,41 @@ class AsyncConsumer(Generic[T]):
         unwrapped = [unwrap(message.payload, self._into) for message in messages]
         for message, payload in zip(messages, unwrapped, strict=True):
             message.payload = payload
-        answer = await self._handler(messages[0] if self._batch is None else messages)
+        call = self._calls[messages[0].receipt] = HandlerCall()
+        try:
+            answer = await call.result(
+                self._handler(messages[0] if self._batch is None else messages)
+            )
+        except BaseException as error:
+            if call.interrupted:
+                raise LeaseLost(
+                    f"the lease of message {messages[0].message_id} ended under its handler"
+                ) from error
+            raise
+        finally:
+            del self._calls[messages[0].receipt]
         if answer is not None and not isinstance(answer, Ack):
             raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
         return answer
+
+    async def _extend_leases(self) -> None:
+        """Keep what is at hand, and tell the handler of what could not be kept."""
+        for messages in list(self._at_hand):
+            try:
+                await self._source.extend(messages)
+            except LeaseLost:
+                self._tell_lost(messages)
+            except Exception:
+                logger.exception("could not extend a lease; it may run out")
+
+    def _tell_lost(self, messages: Messages) -> None:
+        if messages not in self._at_hand or not unsettled(messages):
+            return  # settled while we asked
+        for message in messages:
+            message.lease_lost = True
+        call = self._calls.get(messages[0].receipt)
+        if call is not None:
+            call.interrupt()
 
     async def _ack(self, messages: Messages) -> None:
         if not messages:

@@ -33,13 +33,18 @@ class AsyncSettler(Protocol):
     async def release(self, messages: Sequence[AsyncMessage[Any]]) -> None:
         """Give messages of one receipt back that no handler has tried."""
 
+    async def extend(self, messages: Sequence[AsyncMessage[Any]]) -> None:
+        """Keep messages of one receipt for another lease. Raises LeaseLost if it is too late."""
+
 
 @dataclass(slots=True)
 class AsyncMessage(Generic[T]):
     """One delivery of one message.
 
     `deliveries` counts the times it was handed over, this one included; `receipt` stands for
-    the lease that it came under, together with the others of its batch.
+    the lease that it came under, together with the others of its batch. `lease_lost` becomes true
+    when the message is found to be somebody else's while the handler still works on it: what
+    it has not done yet it should leave undone. (In asyncio the handler is cancelled.)
     """
 
     message_id: int
@@ -51,6 +56,7 @@ class AsyncMessage(Generic[T]):
     deliveries: int
     receipt: int
     settler: AsyncSettler = field(repr=False, compare=False)
+    lease_lost: bool = field(default=False, init=False, compare=False)
     settled: bool = field(default=False, init=False, repr=False, compare=False)
     requeued: bool = field(default=False, init=False, repr=False, compare=False)
     acked_elsewhere: bool = field(default=False, init=False, repr=False, compare=False)

@@ -11,7 +11,15 @@ from typing import Any, TypeAlias
 
 from .._ack import Ack
 
-__all__ = ["HandlerResult", "Lock", "Slots", "Waker", "stop_on_signals"]
+__all__ = [
+    "HandlerCall",
+    "HandlerResult",
+    "Heartbeat",
+    "Lock",
+    "Slots",
+    "Waker",
+    "stop_on_signals",
+]
 
 HandlerResult: TypeAlias = Awaitable[Ack | None]
 
@@ -47,6 +55,49 @@ class Waker:
 
     def close(self) -> None:
         """Nothing to free here."""
+
+
+class HandlerCall:
+    """A call of the handler that can be ended from outside."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Future[Ack | None] | None = None
+        self.interrupted = False
+
+    async def result(self, answer: HandlerResult) -> Ack | None:
+        """What the handler returns. Cancelled, if it was interrupted before that."""
+        self._task = asyncio.ensure_future(answer)
+        return await self._task
+
+    def interrupt(self) -> None:
+        """Cancel the handler."""
+        if self._task is not None and not self._task.done():
+            self.interrupted = True
+            self._task.cancel()
+
+
+class Heartbeat:
+    """Calls `beat` every so many seconds, in a task. It must not raise."""
+
+    def __init__(self, seconds: float, beat: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._seconds = seconds
+        self._beat = beat
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, with a pause."""
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            await self._beat()
+
+    async def stop(self) -> None:
+        """End, at once."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 class Slots:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
@@ -28,8 +29,11 @@ class AsyncSource(AsyncSettler, Protocol):
     """What `consume` consumes from. A test, or another store, can stand in for SQL.
 
     `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
-    settles through the methods of AsyncSettler; `close` comes last.
+    settles through the methods of AsyncSettler; `close` comes last. `lease` is for how many seconds
+    messages are the consumer's; it calls `extend` in time, if its handler takes long.
     """
+
+    lease: float
 
     async def subscribe(self) -> None:
         """Make sure that the subscription exists."""
@@ -77,10 +81,11 @@ class AsyncSQLSource:
         self._connect = connect
         self._subscription = subscription
         self._settings = settings
-        self._lease = timedelta(seconds=lease)
+        self.lease = lease
         self._poll = poll
         self._listen = listen
         self._connection: AsyncConnection[Any] | None = None
+        self._owner: int | None = None
         self._connecting = Lock()
         self._waker = Waker()
         self._stopped = False
@@ -100,12 +105,13 @@ class AsyncSQLSource:
         """Call pgqueue.receive."""
         rows = await self._execute(
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt"
-            " from pgqueue.receive(%s, %s, %s, %s)",
+            " from pgqueue.receive(%s, %s, %s, %s, %s)",
             (
                 self._subscription,
                 max_messages,
-                self._lease,
+                timedelta(seconds=self.lease),
                 acked[0].receipt if acked else None,
+                self._owner,
             ),
             settles=bool(acked),
         )
@@ -171,6 +177,14 @@ class AsyncSQLSource:
             "select pgqueue.release(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
         )
 
+    async def extend(self, messages: Sequence[AsyncMessage[Any]]) -> None:
+        """Call pgqueue.extend. An ack that waits for its transaction's commit needs none."""
+        with suppress(psycopg.errors.LockNotAvailable):
+            await self._execute(
+                "select pgqueue.extend(%s, %s)",
+                (messages[0].receipt, timedelta(seconds=self.lease)),
+            )
+
     async def close(self) -> None:
         """Close the connection."""
         self._waker.close()
@@ -190,10 +204,26 @@ class AsyncSQLSource:
                 row = await cursor.fetchone()
             if self._listen and row is not None:
                 await connection.execute(sql.SQL("listen {}").format(sql.Identifier(row[0])))
+            await self._attach(connection)
         except BaseException:
             await connection.close()
             raise
         return connection
+
+    async def _attach(self, connection: AsyncConnection[Any]) -> None:
+        # a pooler tells clients a pid of its own making
+        cursor = await connection.execute(
+            "select pgqueue.attach() where pg_backend_pid() = %s", (connection.info.backend_pid,)
+        )
+        row = await cursor.fetchone()
+        if row is None and self._connection is None:
+            logger.warning(
+                "%s is consumed through a connection pooler: what a dead consumer held is"
+                " delivered again only when its lease of %g s ends",
+                self._subscription,
+                self.lease,
+            )
+        self._owner = None if row is None else row[0]
 
     async def _execute(
         self, query: str, parameters: Sequence[Any], *, settles: bool = False

@@ -15,7 +15,15 @@ from typing import Any, TypeAlias
 
 from .._ack import Ack
 
-__all__ = ["HandlerResult", "Lock", "Slots", "Waker", "stop_on_signals"]
+__all__ = [
+    "HandlerCall",
+    "HandlerResult",
+    "Heartbeat",
+    "Lock",
+    "Slots",
+    "Waker",
+    "stop_on_signals",
+]
 
 HandlerResult: TypeAlias = Ack | None
 
@@ -52,6 +60,43 @@ class Waker:
         """Free the sockets."""
         self._receiver.close()
         self._sender.close()
+
+
+class HandlerCall:
+    """A call of the handler. A thread cannot be ended from outside: it looks at its message."""
+
+    interrupted = False
+
+    def result(self, answer: HandlerResult) -> Ack | None:
+        """What the handler returned."""
+        return answer
+
+    def interrupt(self) -> None:
+        """Nothing that could be done."""
+
+
+class Heartbeat:
+    """Calls `beat` every so many seconds, in a thread. It must not raise."""
+
+    def __init__(self, seconds: float, beat: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._beat = beat
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pgqueue heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with a pause."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            self._beat()
+
+    def stop(self) -> None:
+        """End, after a beat that goes on."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 class Slots:

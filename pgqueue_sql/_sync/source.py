@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
@@ -29,8 +30,11 @@ class Source(Settler, Protocol):
     """What `consume` consumes from. A test, or another store, can stand in for SQL.
 
     `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
-    settles through the methods of Settler; `close` comes last.
+    settles through the methods of Settler; `close` comes last. `lease` is for how many seconds
+    messages are the consumer's; it calls `extend` in time, if its handler takes long.
     """
+
+    lease: float
 
     def subscribe(self) -> None:
         """Make sure that the subscription exists."""
@@ -78,10 +82,11 @@ class SQLSource:
         self._connect = connect
         self._subscription = subscription
         self._settings = settings
-        self._lease = timedelta(seconds=lease)
+        self.lease = lease
         self._poll = poll
         self._listen = listen
         self._connection: Connection[Any] | None = None
+        self._owner: int | None = None
         self._connecting = Lock()
         self._waker = Waker()
         self._stopped = False
@@ -101,12 +106,13 @@ class SQLSource:
         """Call pgqueue.receive."""
         rows = self._execute(
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt"
-            " from pgqueue.receive(%s, %s, %s, %s)",
+            " from pgqueue.receive(%s, %s, %s, %s, %s)",
             (
                 self._subscription,
                 max_messages,
-                self._lease,
+                timedelta(seconds=self.lease),
                 acked[0].receipt if acked else None,
+                self._owner,
             ),
             settles=bool(acked),
         )
@@ -172,6 +178,14 @@ class SQLSource:
             "select pgqueue.release(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
         )
 
+    def extend(self, messages: Sequence[Message[Any]]) -> None:
+        """Call pgqueue.extend. An ack that waits for its transaction's commit needs none."""
+        with suppress(psycopg.errors.LockNotAvailable):
+            self._execute(
+                "select pgqueue.extend(%s, %s)",
+                (messages[0].receipt, timedelta(seconds=self.lease)),
+            )
+
     def close(self) -> None:
         """Close the connection."""
         self._waker.close()
@@ -189,10 +203,26 @@ class SQLSource:
                 row = cursor.fetchone()
             if self._listen and row is not None:
                 connection.execute(sql.SQL("listen {}").format(sql.Identifier(row[0])))
+            self._attach(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _attach(self, connection: Connection[Any]) -> None:
+        # a pooler tells clients a pid of its own making
+        cursor = connection.execute(
+            "select pgqueue.attach() where pg_backend_pid() = %s", (connection.info.backend_pid,)
+        )
+        row = cursor.fetchone()
+        if row is None and self._connection is None:
+            logger.warning(
+                "%s is consumed through a connection pooler: what a dead consumer held is"
+                " delivered again only when its lease of %g s ends",
+                self._subscription,
+                self.lease,
+            )
+        self._owner = None if row is None else row[0]
 
     def _execute(
         self, query: str, parameters: Sequence[Any], *, settles: bool = False
