@@ -3,16 +3,17 @@
 --
 --   deliveries   waiting to be delivered (in an ordered lane: also to be again)
 --   leases       handed to a consumer, which has until the deadline
---   retries      given back, or due later (unordered)
---   dead_letters attempts exhausted
+--   retries      given back, or due later; the queues of keys that are held
+--   dead_letters attempts exhausted, or expired
 --
 -- or nowhere, once it is acked. Whatever is not a dead letter refers to its
 -- row in messages by message_id alone: no foreign keys, which would cost more
 -- than all the rest of a publish.
 --
--- Lock order: lane row, then lease row, then deliveries and retries. The last
--- two are only ever locked with SKIP LOCKED, and so are the first two by
--- whoever takes or reclaims. Only the holder of a receipt waits: for its lease.
+-- Lock order: lane row, then lease row, then held key, then deliveries and
+-- retries. The last three are only ever locked with SKIP LOCKED, and so are the
+-- first two by whoever takes or reclaims. Only the holder of a receipt waits:
+-- for its lease.
 
 create sequence pgqueue.subscription_ids as int;
 create sequence pgqueue.receipts;
@@ -25,18 +26,30 @@ create table pgqueue.subscriptions (
   subscription_id int primary key default nextval('pgqueue.subscription_ids'),
   subscription text not null unique check (pgqueue.is_name(subscription)),
   topic text not null check (pgqueue.is_name(topic)),
-  ordering text not null check (ordering in ('none', 'total')),
-  max_attempts int check (max_attempts between 1 and 32767),
+  ordering text not null check (ordering in ('none', 'total', 'key')),
+  lanes smallint not null,
+  max_attempts int,
+  on_exhausted text not null,
+  retry_delay interval not null,
+  retry_factor float8 not null,
+  retry_ceiling interval not null,
+  retry_jitter float8 not null,
+  max_age interval,
+  on_expired text not null,
+  max_backlog int,
+  on_full text not null,
+  paused boolean not null default false,
   created_at timestamptz not null default clock_timestamp()
 );
 -- Read by every publish, so never updated on the hot path.
-create index subscriptions_topic on pgqueue.subscriptions (topic) include (subscription_id, ordering);
+create index subscriptions_topic on pgqueue.subscriptions (topic);
 
 comment on table pgqueue.subscriptions is 'One row per subscription: its topic and settings.';
 
 -- Lane 0 is unordered: any number of consumers take from it side by side. A
 -- lane above 0 is ordered: its row is the lock that a consumer takes from it
--- under. low is a hint for speed: no delivery of the lane, waiting, leased or
+-- under. Total order has lane 1; order by key has lanes 1 and up for the keys'
+-- hashes, and lane 0 for messages without a key. low is a hint for speed: no delivery of the lane, waiting, leased or
 -- yet to appear, has message_id <= low, so index scans start there and not at
 -- the dead entries that VACUUM could not remove yet. A row is updated about
 -- once a second at most, for updates leave dead rows too.
@@ -59,11 +72,13 @@ create table pgqueue.messages (
   topic pgqueue.topic_name not null,
   key text,
   headers pgqueue.message_headers,
-  payload jsonb not null
+  payload jsonb not null,
+  deliver_at timestamptz,
+  expires_at timestamptz
 ) partition by list (((message_id >> 16) & 3));
 
 comment on table pgqueue.messages is
-  'Insert or COPY (topic, payload, headers, key) to publish; the triggers fan out. Insert only.';
+  'Insert or COPY (topic, payload, headers, key, deliver_at, expires_at) to publish; the triggers fan out. Insert only.';
 
 -- Insert-only and truncated whole: autovacuum would only stand in the way of
 -- the truncation (it still runs against transaction id wraparound).
@@ -80,14 +95,15 @@ create unique index on pgqueue.messages_1 (message_id);
 create unique index on pgqueue.messages_2 (message_id);
 create unique index on pgqueue.messages_3 (message_id);
 
--- not_before and alone are set only on what was given back to an ordered lane:
--- the lane waits until then, and hands that message out by itself.
+-- not_before: not to be delivered until then. alone: to be handed out by itself.
+-- expires_at: not to be delivered from then on. Mostly NULL, which costs nothing.
 create table pgqueue.deliveries (
   subscription_id int not null,
   lane smallint not null,
   attempts smallint not null default 0,
   message_id bigint not null,
   not_before timestamptz,
+  expires_at timestamptz,
   alone boolean,
   primary key (subscription_id, lane, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000,
@@ -96,7 +112,7 @@ create table pgqueue.deliveries (
 comment on table pgqueue.deliveries is 'One row per subscription and message that waits to be delivered.';
 
 -- One row per batch in flight. attempts runs beside message_ids and counts
--- this delivery. first_id is the lowest of the message_ids at the time of the
+-- this delivery. key_hash: the batch comes from the queue of a held key. first_id is the lowest of the message_ids at the time of the
 -- lease: above the lane's low, so that the look for a live lease of an ordered
 -- lane starts behind the dead ones.
 create table pgqueue.leases (
@@ -106,28 +122,65 @@ create table pgqueue.leases (
   first_id bigint not null,
   message_ids bigint[] not null,
   attempts smallint[] not null,
+  key_hash int,
   owner int,
   owner_pid int,
   leased_at timestamptz not null default clock_timestamp(),
   deadline timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
-create index leases_of_lane on pgqueue.leases (subscription_id, lane, first_id) where lane > 0;
+create index leases_of_lane on pgqueue.leases (subscription_id, lane, first_id)
+  where lane > 0 and key_hash is null;
 create index leases_deadline on pgqueue.leases (subscription_id, deadline);
 
 comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
 
--- key_hash is null but for the side queues of ordering by key.
+-- What has a key_hash is the queue of a held key: only its first message is
+-- handed out, once due; those behind it have due_at infinity.
 create table pgqueue.retries (
   subscription_id int not null,
   due_at timestamptz not null,
   message_id bigint not null,
   attempts smallint not null,
   alone boolean not null,
+  expires_at timestamptz,
   key_hash int,
   primary key (subscription_id, due_at, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
+create index retries_of_key on pgqueue.retries (subscription_id, key_hash, message_id)
+  where key_hash is not null;
 
-comment on table pgqueue.retries is 'Unordered deliveries that were given back; handed out again, first of all, once they are due.';
+comment on table pgqueue.retries is 'Deliveries that were given back, or are due later; handed out, first of all, once they are due.';
+
+-- A key that failed, or waits: its messages leave the lane for a queue of their
+-- own, so that the other keys go on. receipt: the lease to wait for, whose
+-- messages come before those in the queue. Keys with the same hash are one.
+create table pgqueue.held_keys (
+  subscription_id int not null,
+  key_hash int not null,
+  lane smallint not null,
+  receipt bigint,
+  primary key (subscription_id, key_hash)
+);
+
+comment on table pgqueue.held_keys is 'Keys, by their hash, whose messages wait in retries, in order, instead of in their lane.';
+
+-- How many deliveries expired without becoming dead letters. Insert only;
+-- maintain() sums up.
+create table pgqueue.expired (
+  subscription_id int not null,
+  messages bigint not null
+);
+
+-- Which message a dedup_key stands for, until the window ends.
+create table pgqueue.published_keys (
+  topic text not null,
+  dedup_key text not null,
+  message_id bigint not null,
+  expires_at timestamptz not null,
+  primary key (topic, dedup_key)
+);
+
+comment on table pgqueue.published_keys is 'The dedup_keys of messages that were published within the window.';
 
 -- Attempts that did not end in an ack, for whoever asks why a message is late
 -- or dead; gone with the ack. Only the newest 20 of a message are kept.
@@ -153,13 +206,14 @@ create table pgqueue.dead_letters (
   payload jsonb not null,
   published_at timestamptz not null,
   died_at timestamptz not null default clock_timestamp(),
+  reason text not null,
   attempts int not null,
   failures jsonb not null,
   primary key (subscription, message_id)
 );
 
 comment on table pgqueue.dead_letters is
-  'Messages that a subscription gave up on after max_attempts, whole, with the history of their failures.';
+  'Messages that a subscription gave up on, whole, with the reason and the history of their failures.';
 
 -- What fetch_pending and receive return.
 create type pgqueue.pending_message as (

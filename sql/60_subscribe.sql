@@ -17,61 +17,127 @@ begin
   return v_subscription;
 end $$;
 
+create function pgqueue.require_choice(argument text, choice text, choices text[]) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if choice is null or choice <> all (choices) then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('%s is %s', argument, quote_nullable(choice)),
+      hint = format('Use one of: %s.', array_to_string(choices, ', '));
+  end if;
+end $$;
+
+create function pgqueue.require_range(
+  argument text, amount float8, lowest float8, highest float8
+) returns void
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if amount is null or not amount between lowest and highest then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('%s is %s', argument, coalesce(amount::text, 'NULL')),
+      hint = format('Pass a number from %s to %s as %s.', lowest, highest, argument);
+  end if;
+end $$;
+
 create function pgqueue.subscribe(
   subscription text,
   topic text,
   ordering text default 'none',
-  max_attempts int default null
+  lanes int default null,
+  max_attempts int default null,
+  on_exhausted text default 'dead_letter',
+  retry_delay interval default '0 s',
+  retry_factor float8 default 2,
+  retry_ceiling interval default '1 hour',
+  retry_jitter float8 default 0.1,
+  max_age interval default null,
+  on_expired text default 'dead_letter',
+  max_backlog int default null,
+  on_full text default 'reject'
 ) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+#variable_conflict use_variable
 declare
-  v_subscription_id int;
+  v_wanted pgqueue.subscriptions;
   v_existing pgqueue.subscriptions;
+  v_different text;
 begin
   perform pgqueue.require_name('subscription', subscription);
   perform pgqueue.require_name('topic', topic);
-  if ordering is null or ordering not in ('none', 'total') then
+  perform pgqueue.require_choice('ordering', ordering, array['none', 'total', 'key']);
+  perform pgqueue.require_choice('on_exhausted', on_exhausted, array['dead_letter', 'block']);
+  perform pgqueue.require_choice('on_expired', on_expired, array['dead_letter', 'discard']);
+  perform pgqueue.require_choice('on_full', on_full, array['reject', 'drop_oldest']);
+  perform pgqueue.require_range('lanes', coalesce(lanes, 16), 1, 256);
+  perform pgqueue.require_range('max_attempts', coalesce(max_attempts, 1), 1, 32767);
+  perform pgqueue.require_range('max_backlog', coalesce(max_backlog, 1), 1, 10000000);
+  perform pgqueue.require_range('retry_factor', retry_factor, 1, 1000);
+  perform pgqueue.require_range('retry_jitter', retry_jitter, 0, 1);
+  perform pgqueue.require_duration('retry_delay', retry_delay, true);
+  perform pgqueue.require_duration('retry_ceiling', retry_ceiling, true);
+  perform pgqueue.require_duration('max_age', coalesce(max_age, '1 s'), false);
+  if lanes is not null and ordering <> 'key' then
     raise exception using
       errcode = 'invalid_parameter_value',
-      message = format('%s is no ordering', quote_nullable(ordering)),
-      hint = 'Use ''none'' (any order, consumers side by side) or ''total'' (publish order, one consumer at a time).';
-  elsif max_attempts not between 1 and 32767 then
+      message = format('lanes is %s with ordering %s', lanes, ordering),
+      hint = 'Lanes are for ordering key: how many keys, at most, are worked on side by side.';
+  elsif on_exhausted = 'block' and ordering = 'none' then
     raise exception using
       errcode = 'invalid_parameter_value',
-      message = format('max_attempts is %s', max_attempts),
-      hint = 'Pass a whole number from 1 to 32767, or NULL for any number of attempts.';
+      message = 'on_exhausted is block with ordering none',
+      hint = 'Only an order can be kept by blocking: use ordering total or key, or on_exhausted dead_letter.';
   end if;
 
-  insert into pgqueue.subscriptions (subscription, topic, ordering, max_attempts)
-  values (subscribe.subscription, subscribe.topic, subscribe.ordering, subscribe.max_attempts)
+  v_wanted := row(
+    null, subscription, topic, ordering,
+    case ordering when 'none' then 0 when 'total' then 1 else coalesce(lanes, 16) end,
+    max_attempts, on_exhausted, retry_delay, retry_factor, retry_ceiling, retry_jitter,
+    max_age, on_expired, max_backlog, on_full, false, clock_timestamp()
+  );
+  insert into pgqueue.subscriptions as s
+  select w.* from (select nextval('pgqueue.subscription_ids')::int as id) n,
+    lateral jsonb_populate_record(v_wanted, jsonb_build_object('subscription_id', n.id)) w
   on conflict do nothing
-  returning subscription_id into v_subscription_id;
+  returning s.* into v_existing;
   if found then
     insert into pgqueue.lanes (subscription_id, lane)
-    values (v_subscription_id, case ordering when 'none' then 0 else 1 end);
+    select v_existing.subscription_id, lane
+    from generate_series(case ordering when 'total' then 1 else 0 end, v_existing.lanes) lane;
     return;
   end if;
 
   v_existing := pgqueue.subscription_named(subscription);
-  if (v_existing.topic, v_existing.ordering, v_existing.max_attempts)
-    is distinct from (topic, ordering, max_attempts)
-  then
+  select string_agg(
+    format('%s is %s, asked for was %s', e.key, e.value, w.value), '; ' order by e.key
+  ) into v_different
+  from jsonb_each_text(to_jsonb(v_existing)) e
+  join jsonb_each_text(to_jsonb(v_wanted)) w on w.key = e.key
+  where e.key not in ('subscription_id', 'paused', 'created_at') and w.value is distinct from e.value;
+  if v_different is not null then
     raise exception using
       errcode = 'PQ002',
       message = format('subscription %s exists with other settings', quote_ident(subscription)),
-      detail = format(
-        'It has topic %s, ordering %s, max_attempts %s; asked for were topic %s, ordering %s, max_attempts %s.',
-        v_existing.topic, v_existing.ordering, coalesce(v_existing.max_attempts::text, 'NULL'),
-        topic, ordering, coalesce(max_attempts::text, 'NULL')
-      ),
+      detail = format('Its %s.', v_different),
       hint = 'Use another name, the same settings, or pgqueue.unsubscribe first: that drops what is pending.';
   end if;
 end $$;
 
-comment on function pgqueue.subscribe(text, text, text, int) is
-  'Creates a subscription to a topic: from now on every message published to it waits there until acked. Again with the same settings: no effect. ordering: none or total. max_attempts: deliveries after which a message goes to the dead letters, NULL for no end.';
+comment on function pgqueue.subscribe is
+  'Creates a subscription to a topic: from now on every message published to it waits there until acked. Again with the same settings: no effect.
+
+ordering: none, total (publish order, one consumer at a time) or key (the messages of one key in publish order, up to lanes keys side by side, 16 if NULL; those without a key in any order).
+max_attempts: deliveries after which a message is given up, NULL for no end. on_exhausted: dead_letter, or block what is ordered behind it until redrive or discard.
+retry_delay, retry_factor, retry_ceiling, retry_jitter: how long a requeued message waits after its first attempt, by how much longer each time, at the most, and by which part of it more or less at random.
+max_age: how long after its publication a message is delivered at all; on_expired: dead_letter or discard what is older.
+max_backlog: how many messages may wait; on_full: reject the publish that brings more, or drop_oldest into the dead letters.';
 
 -- Waits for no consumer: what one has locked, and what publishers that do not
 -- see the end of the subscription still add, maintain() sweeps up later.
@@ -106,16 +172,29 @@ declare
   v_rows bigint;
   v_sum bigint := 0;
 begin
-  foreach v_table in array array['deliveries', 'leases', 'retries', 'failures', 'lanes'] loop
-    execute format(
-      'delete from pgqueue.%1$I where ctid in ('
-        'select ctid from pgqueue.%1$I where subscription_id = $1 for update skip locked)',
-      v_table
-    ) using subscription_id;
-    get diagnostics v_rows = row_count;
+  foreach v_table in array
+    array['deliveries', 'leases', 'retries', 'held_keys', 'failures', 'expired', 'lanes']
+  loop
+    v_rows := pgqueue.delete_unlocked(v_table, subscription_id);
     v_sum := v_sum + v_rows;
   end loop;
   return v_sum;
+end $$;
+
+create function pgqueue.delete_unlocked(table_name text, subscription_id int) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows bigint;
+begin
+  execute format(
+    'delete from pgqueue.%1$I where ctid in ('
+      'select ctid from pgqueue.%1$I where subscription_id = $1 for update skip locked)',
+    table_name
+  ) using subscription_id;
+  get diagnostics v_rows = row_count;
+  return v_rows;
 end $$;
 
 create function pgqueue.channel(subscription text) returns text

@@ -1,7 +1,8 @@
 -- What a consumer may take: found and locked, not yet taken.
 
--- Deliveries that the transaction has locked, not yet taken. tending_is_due:
--- the lane's row says that its housekeeping should be done.
+-- Deliveries of one lane that the transaction has locked. key_hash: they come
+-- from the queue of that held key. tending_is_due: the lane's row says that its
+-- housekeeping should be done.
 create type pgqueue.claim as (
   subscription_id int,
   lane smallint,
@@ -9,6 +10,7 @@ create type pgqueue.claim as (
   attempts smallint[],
   delivery_tids tid[],
   retry_tids tid[],
+  key_hash int,
   tending_is_due boolean
 );
 
@@ -29,9 +31,27 @@ return case when pgqueue.ends_soon()
   else l.tended_at < clock_timestamp() - interval '10 s'
 end;
 
+-- How many of the messages may be due retries. All, unless the oldest delivery
+-- has waited for 10 seconds: then half of them, for retries that fail over and
+-- over must not starve the rest.
+create function pgqueue.retry_quota(l pgqueue.lanes, max_messages int) returns int
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_oldest bigint;
+begin
+  select d.message_id into v_oldest from pgqueue.deliveries d
+  where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+  order by d.message_id limit 1;
+  perform from pgqueue.messages_of(array[v_oldest], null) m
+  where m.published_at < clock_timestamp() - interval '10 s';
+  return case when found then floor(max_messages / 2.0 + random()) else max_messages end;
+end $$;
+
 -- From lane 0: due retries first, then the oldest deliveries, passing over
 -- what other consumers have locked. A retry marked alone comes by itself.
-create function pgqueue.claim_unordered(subscription_id int, max_messages int)
+create function pgqueue.claim_unordered(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -42,42 +62,55 @@ declare
   v_lane pgqueue.lanes;
   v_now timestamptz := clock_timestamp();
   v_alone boolean;
+  v_retries int := 0;
   v_retry_ids bigint[];
   v_retry_attempts smallint[];
+  v_unfit boolean;
+  v_retry_unfit boolean;
 begin
   select l.* into v_lane from pgqueue.lanes l
-  where l.subscription_id = claim_unordered.subscription_id and l.lane = 0;
+  where l.subscription_id = (s).subscription_id and l.lane = 0;
+  loop
+    v_claim := null;
+    v_retry_ids := null;
+    v_retry_unfit := false;
+    select r.alone into v_alone from pgqueue.retries r
+    where r.subscription_id = (s).subscription_id and r.due_at <= v_now and r.key_hash is null
+    order by r.due_at, r.message_id limit 1 for update skip locked;
+    if found then
+      v_retries := pgqueue.retry_quota(v_lane, case when v_alone then 1 else max_messages end);
+      select
+        array_agg(r.ctid), array_agg(r.message_id), array_agg((r.attempts + 1)::smallint),
+        bool_or(r.expires_at <= v_now)
+      into v_claim.retry_tids, v_retry_ids, v_retry_attempts, v_retry_unfit
+      from (
+        select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
+        where r.subscription_id = (s).subscription_id and r.due_at <= v_now
+          and r.key_hash is null and r.alone = v_alone
+        order by r.due_at, r.message_id limit v_retries for update skip locked
+      ) r;
+    end if;
 
-  select r.alone into v_alone from pgqueue.retries r
-  where r.subscription_id = claim_unordered.subscription_id and r.due_at <= v_now
-  order by r.due_at, r.message_id limit 1 for update skip locked;
-  if found then
-    select array_agg(r.ctid), array_agg(r.message_id), array_agg((r.attempts + 1)::smallint)
-    into v_claim.retry_tids, v_retry_ids, v_retry_attempts
-    from (
-      select r.ctid, r.message_id, r.attempts from pgqueue.retries r
-      where r.subscription_id = claim_unordered.subscription_id and r.due_at <= v_now
-        and r.alone = v_alone
-      order by r.due_at, r.message_id
-      limit case when v_alone then 1 else max_messages end
-      for update skip locked
-    ) r;
-  end if;
+    v_retries := coalesce(cardinality(v_retry_ids), 0);
+    if v_retries < max_messages and (v_alone is not true or v_retries = 0) then
+      select
+        array_agg(d.tid), array_agg(d.message_id), array_agg((d.attempts + 1)::smallint),
+        bool_or(d.expires_at <= v_now or d.not_before > v_now)
+      into v_claim.delivery_tids, v_claim.message_ids, v_claim.attempts, v_unfit
+      from (
+        select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
+        from pgqueue.deliveries d
+        where d.subscription_id = (s).subscription_id and d.lane = 0
+          and d.message_id > v_lane.low
+        order by d.message_id limit max_messages - v_retries for update skip locked
+      ) d;
+    end if;
+    exit when v_unfit is not true and v_retry_unfit is not true;
+    perform pgqueue.expire_claimed(s, v_claim.delivery_tids, v_claim.retry_tids, v_now);
+    perform pgqueue.delay_claimed(v_claim.delivery_tids, v_now);
+  end loop;
 
-  if v_alone is not true and coalesce(cardinality(v_retry_ids), 0) < max_messages then
-    select array_agg(d.ctid), array_agg(d.message_id), array_agg((d.attempts + 1)::smallint)
-    into v_claim.delivery_tids, v_claim.message_ids, v_claim.attempts
-    from (
-      select d.ctid, d.message_id, d.attempts from pgqueue.deliveries d
-      where d.subscription_id = claim_unordered.subscription_id and d.lane = 0
-        and d.message_id > v_lane.low
-      order by d.message_id
-      limit max_messages - coalesce(cardinality(v_retry_ids), 0)
-      for update skip locked
-    ) d;
-  end if;
-
-  v_claim.subscription_id := subscription_id;
+  v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := 0;
   v_claim.tending_is_due := pgqueue.tending_is_due(v_lane, v_claim.message_ids[1]);
   v_claim.message_ids := v_retry_ids || v_claim.message_ids;
@@ -85,75 +118,50 @@ begin
   return v_claim;
 end $$;
 
--- From an ordered lane: its first deliveries, if no one else has the lane.
---
--- settled was computed before, in statements of their own. The lane's lock
--- makes the steps below one: no lease appears and no delivery is taken in
--- between, and what commits at or below settled has committed. One who gives
--- back deliveries has their lease until the commit that brings them back.
-create function pgqueue.claim_ordered(
-  subscription_id int, lane smallint, max_messages int, settled bigint
-) returns pgqueue.claim
+-- Puts what has expired among claimed rows where the subscription says.
+create function pgqueue.expire_claimed(
+  s pgqueue.subscriptions, delivery_tids tid[], retry_tids tid[], at timestamptz
+) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_column
 declare
-  v_claim pgqueue.claim;
-  v_lane pgqueue.lanes;
-  v_now timestamptz;
-  v_waiting_id bigint;
-  v_alone_id bigint;
-  v_keep int;
+  v_ids bigint[];
 begin
-  select l.* into v_lane from pgqueue.lanes l
-  where l.subscription_id = claim_ordered.subscription_id and l.lane = claim_ordered.lane
-  for update skip locked;
-  if not found then
-    return v_claim;
+  with from_deliveries as (
+    delete from pgqueue.deliveries d
+    where d.ctid = any (delivery_tids) and d.expires_at <= at returning d.message_id
+  ), from_retries as (
+    delete from pgqueue.retries r
+    where r.ctid = any (retry_tids) and r.expires_at <= at returning r.message_id
+  )
+  select array_agg(message_id) into v_ids from (
+    select message_id from from_deliveries union all select message_id from from_retries
+  ) e;
+  if s.on_expired = 'dead_letter' then
+    perform pgqueue.bury(s, v_ids, 'expired');
+  elsif v_ids is not null then
+    delete from pgqueue.failures f
+    where f.subscription_id = s.subscription_id and f.message_id = any (v_ids);
+    insert into pgqueue.expired (subscription_id, messages)
+    values (s.subscription_id, cardinality(v_ids));
   end if;
-  v_claim.subscription_id := subscription_id;
-  v_claim.lane := lane;
-
-  for v_try in 1..2 loop
-    perform from pgqueue.leases e
-    where e.subscription_id = claim_ordered.subscription_id and e.lane = claim_ordered.lane
-      and e.lane > 0 and e.first_id > v_lane.low
-    limit 1;
-    exit when not found;
-    if v_try = 2 or pgqueue.reclaim(subscription_id) = 0 then
-      return v_claim;
-    end if;
-  end loop;
-
-  v_now := clock_timestamp();
-  select
-    array_agg(d.ctid), array_agg(d.message_id), array_agg((d.attempts + 1)::smallint),
-    min(d.message_id) filter (where d.not_before > v_now),
-    min(d.message_id) filter (where d.alone)
-  into
-    v_claim.delivery_tids, v_claim.message_ids, v_claim.attempts, v_waiting_id, v_alone_id
-  from (
-    select d.ctid, d.message_id, d.attempts, d.not_before, d.alone from pgqueue.deliveries d
-    where d.subscription_id = claim_ordered.subscription_id and d.lane = claim_ordered.lane
-      and d.message_id > v_lane.low and d.message_id <= settled
-    order by d.message_id limit max_messages
-  ) d;
-
-  if v_alone_id = v_claim.message_ids[1] then
-    v_alone_id := v_claim.message_ids[2];
-  end if;
-  v_keep := array_position(v_claim.message_ids, least(v_waiting_id, v_alone_id)) - 1;
-  if v_keep = 0 then
-    v_claim.message_ids := null;
-  elsif v_keep is not null then
-    v_claim.delivery_tids := v_claim.delivery_tids[:v_keep];
-    v_claim.message_ids := v_claim.message_ids[:v_keep];
-    v_claim.attempts := v_claim.attempts[:v_keep];
-  end if;
-  v_claim.tending_is_due := pgqueue.tending_is_due(v_lane, v_claim.message_ids[1]);
-  return v_claim;
 end $$;
+
+-- Moves deliveries of lane 0 that are not due yet to the retries, once, so that
+-- the low-water mark can pass them.
+create function pgqueue.delay_claimed(delivery_tids tid[], at timestamptz) returns void
+language sql volatile
+begin atomic
+  with delayed as (
+    delete from pgqueue.deliveries d
+    where d.ctid = any (delivery_tids) and d.not_before > at
+    returning d.*
+  )
+  insert into pgqueue.retries (subscription_id, due_at, message_id, attempts, alone, expires_at)
+  select d.subscription_id, d.not_before, d.message_id, d.attempts, false, d.expires_at
+  from delayed d;
+end;
 
 -- The named deliveries of lane 0, as far as they can be locked.
 create function pgqueue.claim_named(subscription_id int, ids bigint[]) returns pgqueue.claim
@@ -172,7 +180,7 @@ begin
   ), due as (
     select r.ctid, r.message_id, r.attempts from pgqueue.retries r
     where r.subscription_id = claim_named.subscription_id and r.due_at <= v_now
-      and r.message_id = any (ids)
+      and r.key_hash is null and r.message_id = any (ids)
     for update skip locked
   ), named as (
     select w.*, false as is_retry from waiting w union all select d.*, true from due d
@@ -190,7 +198,9 @@ begin
   return v_claim;
 end $$;
 
--- What fetch_pending and receive take from, whatever the ordering.
+-- What fetch_pending and receive take from, whatever the ordering. With order
+-- by key the lane without keys, the held keys and the other lanes come first
+-- by turns, so that none of them starves the others.
 create function pgqueue.claim_pending(s pgqueue.subscriptions, max_messages int, settled bigint)
 returns pgqueue.claim
 language plpgsql
@@ -198,14 +208,28 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claim pgqueue.claim;
+  v_turn int := floor(random() * 3);
 begin
-  if s.ordering <> 'none' then
-    return pgqueue.claim_ordered(s.subscription_id, 1::smallint, max_messages, settled);
+  if s.paused then
+    return v_claim;
   end if;
-  v_claim := pgqueue.claim_unordered(s.subscription_id, max_messages);
-  if v_claim.message_ids is null and pgqueue.reclaim(s.subscription_id) > 0 then
-    v_claim := pgqueue.claim_unordered(s.subscription_id, max_messages);
-  end if;
+  for v_try in 1..2 loop
+    if s.ordering = 'none' then
+      v_claim := pgqueue.claim_unordered(s, max_messages);
+    elsif s.ordering = 'total' then
+      v_claim := pgqueue.claim_ordered(s, 1::smallint, max_messages, settled);
+    else
+      for v_turn in v_turn..v_turn + 2 loop
+        v_claim := case v_turn % 3
+          when 0 then pgqueue.claim_held(s, max_messages)
+          when 1 then pgqueue.claim_any_lane(s, max_messages, settled)
+          else pgqueue.claim_unordered(s, max_messages)
+        end;
+        exit when v_claim.message_ids is not null;
+      end loop;
+    end if;
+    exit when v_claim.message_ids is not null or pgqueue.reclaim(s.subscription_id) = 0;
+  end loop;
   return v_claim;
 end $$;
 
@@ -225,12 +249,16 @@ begin
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
   end if;
   insert into pgqueue.leases as e (
-    subscription_id, lane, first_id, message_ids, attempts, owner, owner_pid, deadline
+    subscription_id, lane, first_id, message_ids, attempts, key_hash, owner, owner_pid, deadline
   ) values (
-    c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts,
+    c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
     v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
   )
   returning e.receipt into v_receipt;
+  if c.key_hash is not null then
+    update pgqueue.held_keys h set receipt = v_receipt
+    where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
+  end if;
   if c.tending_is_due then
     perform pgqueue.tend(c.subscription_id, c.lane, true);
   end if;

@@ -54,10 +54,12 @@ begin
   v_subscription := pgqueue.subscription_named(subscription);
   if v_subscription.ordering = 'none' then
     v_claim := pgqueue.claim_named(v_subscription.subscription_id, v_ids);
-  else
+  elsif v_subscription.ordering = 'total' then
     v_claim := pgqueue.claim_ordered(
-      v_subscription.subscription_id, 1::smallint, cardinality(v_ids), pgqueue.settled_before()
+      v_subscription, 1::smallint, cardinality(v_ids), pgqueue.settled_before()
     );
+  else
+    v_claim := pgqueue.claim_named_by_key(v_subscription, v_ids, pgqueue.settled_before());
   end if;
   if v_claim.message_ids is distinct from v_ids then
     raise exception using

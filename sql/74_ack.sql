@@ -104,6 +104,9 @@ begin
     delete from pgqueue.failures f
     where f.subscription_id = v_lease.subscription_id and f.message_id = any (v_lease.message_ids);
   end if;
+  if v_lease.key_hash is not null then
+    perform pgqueue.release_key(v_lease.subscription_id, v_lease.key_hash);
+  end if;
   perform pgqueue.stamp_ack(v_lease.subscription_id, v_lease.lane);
   if v_lease.lane > 0 then
     perform pgqueue.wake_when_settled(v_lease.subscription_id);

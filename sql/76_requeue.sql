@@ -1,9 +1,8 @@
 -- Giving deliveries back: by the consumer, or after its deadline.
 
 -- Brings back the deliveries of (a part of) a lease that settle() took out of
--- it. Those with no attempt left become dead letters. The others go to retries
--- from lane 0: back in the lane they could be below its low-water mark. An
--- ordered lane's low stays below its lease, so they take their place again.
+-- it, when an attempt at them failed. due_at: NULL for what the subscription's
+-- policy says. alone: nobody knows which of them was to blame.
 create function pgqueue.give_back(
   l pgqueue.leases, due_at timestamptz, alone boolean, error text
 ) returns void
@@ -13,6 +12,7 @@ as $$
 #variable_conflict use_column
 declare
   v_subscription pgqueue.subscriptions;
+  v_exhausted bigint[];
 begin
   select s.* into v_subscription from pgqueue.subscriptions s
   where s.subscription_id = (l).subscription_id;
@@ -28,64 +28,76 @@ begin
   where f.subscription_id = (l).subscription_id and f.message_id = i.id
     and f.attempt <= i.attempts - 20;
 
-  perform pgqueue.bury(v_subscription, array(
-    select i.id from unnest((l).message_ids, (l).attempts) as i (id, attempts)
-    where i.attempts >= v_subscription.max_attempts
-  ));
-  perform pgqueue.put_back(l, due_at, alone, v_subscription.max_attempts);
+  if v_subscription.on_exhausted = 'dead_letter' then
+    select
+      array_agg(i.id) filter (where i.attempts >= v_subscription.max_attempts),
+      coalesce(array_agg(i.id) filter (where (i.attempts >= v_subscription.max_attempts) is not true), '{}'),
+      coalesce(array_agg(i.attempts) filter (where (i.attempts >= v_subscription.max_attempts) is not true), '{}')
+    into v_exhausted, l.message_ids, l.attempts
+    from unnest((l).message_ids, (l).attempts) as i (id, attempts);
+    perform pgqueue.bury(v_subscription, v_exhausted, 'attempts exhausted');
+  end if;
+  perform pgqueue.put_back(v_subscription, l, due_at, alone, not alone);
+  if (l).key_hash is not null then
+    perform pgqueue.release_key((l).subscription_id, (l).key_hash);
+  end if;
 end $$;
 
+-- When a message is due again after so many attempts.
+create function pgqueue.retry_due(s pgqueue.subscriptions, attempts int) returns timestamptz
+language sql volatile
+return clock_timestamp() + make_interval(secs => least(
+  extract(epoch from s.retry_ceiling)::float8,
+  extract(epoch from s.retry_delay)::float8 * power(s.retry_factor, least(attempts - 1, 100))
+) * (1 + s.retry_jitter * (2 * random() - 1)));
+
+-- Puts deliveries back. From lane 0 they go to the retries: back in the lane
+-- they could be below its low-water mark. An ordered lane's low stays below its
+-- lease, so they take their place again; but in order by key a message that
+-- failed makes its key a held one, and leaves the lane to the others.
 create function pgqueue.put_back(
-  l pgqueue.leases, due_at timestamptz, alone boolean, max_attempts int
+  s pgqueue.subscriptions, l pgqueue.leases, due_at timestamptz, alone boolean, failed boolean
 ) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
-  if (l).lane = 0 then
-    insert into pgqueue.retries (subscription_id, due_at, message_id, attempts, alone)
-    select (l).subscription_id, put_back.due_at, i.id, i.attempts, put_back.alone
-    from unnest((l).message_ids, (l).attempts) as i (id, attempts)
-    where put_back.max_attempts is null or i.attempts < put_back.max_attempts;
-  else
-    insert into pgqueue.deliveries (subscription_id, lane, message_id, attempts, not_before, alone)
-    select (l).subscription_id, (l).lane, i.id, i.attempts, put_back.due_at, put_back.alone
-    from unnest((l).message_ids, (l).attempts) as i (id, attempts)
-    where put_back.max_attempts is null or i.attempts < put_back.max_attempts;
-  end if;
-end $$;
-
--- Copies messages whole into the dead letters.
-create function pgqueue.bury(s pgqueue.subscriptions, message_ids bigint[]) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if cardinality(message_ids) = 0 then
-    return;
-  end if;
-  with history as (
-    delete from pgqueue.failures f
-    where f.subscription_id = s.subscription_id and f.message_id = any (bury.message_ids)
-    returning f.*
-  ), summary as (
+  with back as (
     select
-      h.message_id, max(h.attempt) as attempts,
-      jsonb_agg(
-        jsonb_build_object('attempt', h.attempt, 'failed_at', h.failed_at, 'error', h.error)
-        order by h.attempt
-      ) as failures
-    from history h group by h.message_id
+      i.id, i.attempts,
+      case when (s).on_exhausted = 'block' and i.attempts >= (s).max_attempts then 'infinity'
+        else coalesce(put_back.due_at, pgqueue.retry_due(s, i.attempts)) end as due_at,
+      least(m.expires_at, m.published_at + (s).max_age) as expires_at,
+      pgqueue.key_hash(m.key) as key_hash,
+      case when (l).lane = 0 then 'retries'
+        when (l).key_hash is not null or (failed and (s).ordering = 'key') then 'held'
+        else 'lane' end as place
+    from unnest((l).message_ids, (l).attempts) as i (id, attempts)
+    cross join lateral (
+      select m.* from pgqueue.messages m
+      where m.message_id = i.id and ((m.message_id >> 16) & 3) = ((i.id >> 16) & 3)
+      offset 0
+    ) m
+  ), held as (
+    insert into pgqueue.held_keys (subscription_id, key_hash, lane, receipt)
+    select distinct (l).subscription_id, b.key_hash, (l).lane, (l).receipt
+    from back b where b.place = 'held'
+    on conflict do nothing
+  ), retried as (
+    insert into pgqueue.retries (
+      subscription_id, due_at, message_id, attempts, alone, expires_at, key_hash
+    )
+    select
+      (l).subscription_id, b.due_at, b.id, b.attempts, put_back.alone, b.expires_at,
+      case b.place when 'held' then b.key_hash end
+    from back b where b.place <> 'lane'
   )
-  insert into pgqueue.dead_letters (
-    subscription, message_id, topic, key, headers, payload, published_at, attempts, failures
+  insert into pgqueue.deliveries (
+    subscription_id, lane, message_id, attempts, not_before, expires_at, alone
   )
-  select
-    s.subscription, m.message_id, m.topic, m.key, m.headers, m.payload, m.published_at,
-    h.attempts, h.failures
-  from pgqueue.messages_of(bury.message_ids, null) m
-  join summary h on h.message_id = m.message_id;
+  select (l).subscription_id, (l).lane, b.id, b.attempts, b.due_at, b.expires_at, put_back.alone
+  from back b where b.place = 'lane';
 end $$;
 
 create function pgqueue.requeue(
@@ -108,13 +120,13 @@ begin
     perform pgqueue.require_duration('delay', delay, true);
   end if;
   v_lease := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
-  perform pgqueue.give_back(v_lease, clock_timestamp() + coalesce(delay, '0 s'), false, error);
+  perform pgqueue.give_back(v_lease, clock_timestamp() + delay, false, error);
   perform pgqueue.wake_when_settled(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
 end $$;
 
 comment on function pgqueue.requeue(bigint, bigint[], interval, text) is
-  'Gives messages of a receipt back, all or the named ones, to be delivered again after delay, before newer ones; error says why. With the attempts of the subscription used up they become dead letters. Returns how many. Error PQ003 if the lease is lost.';
+  'Gives messages of a receipt back, all or the named ones, to be delivered again after delay (NULL: what the subscription''s retry_delay says), before newer ones; error says why. With max_attempts used up they become dead letters, or block, as the subscription says. Returns how many. Error PQ003 if the lease is lost.';
 
 create function pgqueue.release(receipt bigint, message_ids bigint[] default null) returns int
 language plpgsql security definer
@@ -125,11 +137,16 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_lease pgqueue.leases;
+  v_subscription pgqueue.subscriptions;
 begin
   perform pgqueue.require_read_committed('release');
   v_lease := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
   v_lease.attempts := array(select a - 1 from unnest(v_lease.attempts) with ordinality as u (a, place) order by place);
-  perform pgqueue.put_back(v_lease, clock_timestamp(), false, null);
+  select s.* into v_subscription from pgqueue.subscriptions s
+  where s.subscription_id = v_lease.subscription_id;
+  if found then
+    perform pgqueue.put_back(v_subscription, v_lease, clock_timestamp(), false, false);
+  end if;
   perform pgqueue.wake_when_settled(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
 end $$;

@@ -58,78 +58,41 @@ begin
   );
 end $$;
 
--- When the subscription may have something to deliver, as far as one can see:
--- now (-infinity), at a time (a retry, the end of a lease), or nothing is in
--- sight (infinity). blocked: something waits that another transaction has
--- locked, or that a publisher in flight may yet come before. Only what can be
--- locked counts as deliverable, or the caller would fetch in vain, in a loop.
+-- When the subscription may have something to deliver that it has not now, as
+-- far as one can see: a retry, a delayed message, the end of a lease. Infinity:
+-- nothing is in sight. blocked: something waits that another transaction has
+-- locked, or that a publisher in flight may yet come before.
 create function pgqueue.next_delivery(
-  s pgqueue.subscriptions, settled bigint, out at timestamptz, out blocked boolean
+  s pgqueue.subscriptions, out at timestamptz, out blocked boolean
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := clock_timestamp();
-  v_lane pgqueue.lanes;
-  v_first pgqueue.deliveries;
-  v_ended record;
 begin
-  select l.* into v_lane from pgqueue.lanes l where l.subscription_id = s.subscription_id;
-  select d.* into v_first from pgqueue.deliveries d
-  where d.subscription_id = s.subscription_id and d.lane = v_lane.lane and d.message_id > v_lane.low
-  order by d.message_id limit 1;
-  blocked := v_first.message_id is not null;
-
-  v_ended := pgqueue.ended_leases(s.subscription_id);
-  perform from pgqueue.leases e
-  where e.receipt = any (v_ended.overdue || v_ended.orphaned)
-  limit 1 for update skip locked;
-  if found then
-    at := '-infinity';
-    return;
-  end if;
   select least(
     (select min(r.due_at) from pgqueue.retries r
      where r.subscription_id = s.subscription_id and r.due_at > v_now),
     (select min(e.deadline) from pgqueue.leases e
-     where e.subscription_id = s.subscription_id and e.deadline >= v_now)
-  ) into at;
-
-  if v_lane.lane = 0 then
-    perform from pgqueue.retries r
+     where e.subscription_id = s.subscription_id and e.deadline > v_now),
+    min(d.not_before) filter (where not d.is_leased and d.not_before > v_now)
+  ), coalesce(bool_or(not d.is_leased and (d.not_before > v_now) is not true), false) or exists (
+    select from pgqueue.retries r
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
-    order by r.due_at, r.message_id limit 1 for update skip locked;
-    if not found and blocked then
-      perform from pgqueue.deliveries d
-      where d.subscription_id = s.subscription_id and d.lane = 0 and d.message_id > v_lane.low
-      order by d.message_id limit 1 for update skip locked;
-    end if;
-    if found then
-      at := '-infinity';
-    end if;
-    blocked := blocked or exists (
-      select from pgqueue.retries r
-      where r.subscription_id = s.subscription_id and r.due_at <= v_now
-    );
-  else
-    perform from pgqueue.leases e
-    where e.subscription_id = s.subscription_id and e.lane = v_lane.lane and e.lane > 0
-      and e.first_id > v_lane.low
-    limit 1;
-    if found then
-      blocked := false;
-    elsif v_first.not_before > v_now then
-      blocked := false;
-      at := least(at, v_first.not_before);
-    elsif v_first.message_id <= settled then
-      perform from pgqueue.lanes l
-      where l.subscription_id = s.subscription_id and l.lane = v_lane.lane for update skip locked;
-      if found then
-        at := '-infinity';
-      end if;
-    end if;
-  end if;
+  )
+  into at, blocked
+  from pgqueue.lanes l cross join lateral (
+    select d.not_before, exists (
+      select from pgqueue.leases e
+      where e.subscription_id = l.subscription_id and e.lane = l.lane and e.lane > 0
+        and e.key_hash is null and e.first_id > l.low
+    ) as is_leased
+    from pgqueue.deliveries d
+    where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+    order by d.message_id limit 1
+  ) d
+  where l.subscription_id = s.subscription_id;
   at := coalesce(at, 'infinity');
 end $$;
 
@@ -148,6 +111,7 @@ declare
   v_waited interval;
   v_in_flight boolean;
   v_settled bigint;
+  v_claim pgqueue.claim;
   v_next record;
   v_sleep interval := poll;
 begin
@@ -176,10 +140,12 @@ begin
 
   v_in_flight := pgqueue.others_in_flight(v_subscription.subscription_id, v_since_id);
   v_settled := pgqueue.settled_by_floors(pgqueue.last_id());
-  v_next := pgqueue.next_delivery(v_subscription, v_settled);
-  if v_next.at <= clock_timestamp() then
+  -- What receive would do, up to the lock: what can be locked can be delivered.
+  v_claim := pgqueue.claim_pending(v_subscription, 1, v_settled);
+  if v_claim.message_ids is not null then
     return '0 s';
   end if;
+  v_next := pgqueue.next_delivery(v_subscription);
   perform pgqueue.tend(l.subscription_id, l.lane, false)
   from pgqueue.lanes l
   where l.subscription_id = v_subscription.subscription_id
@@ -187,7 +153,7 @@ begin
   if v_next.at < 'infinity' then
     v_sleep := least(v_sleep, v_next.at - clock_timestamp());
   end if;
-  if v_in_flight or v_next.blocked then
+  if not v_subscription.paused and (v_in_flight or v_next.blocked) then
     v_sleep := least(v_sleep, greatest('2 ms', v_waited / 2));
   end if;
   return greatest(v_sleep, '0 s');

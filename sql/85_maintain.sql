@@ -1,7 +1,7 @@
 -- Housekeeping. No daemon: whoever fetches or waits does what is due.
 
--- Advances a lane's low-water mark and takes back expired leases. Skipped when
--- another transaction is at it. delivered: the caller just took something.
+-- Advances a lane's low-water mark, takes back leases that ended, and lets go
+-- of keys that are held without need. Skipped when another transaction is at it. delivered: the caller just took something.
 --
 -- low stays below whatever is or may come back in the lane: what is not
 -- settled, what waits (seen by a plain read, so also what another transaction
@@ -32,7 +32,7 @@ begin
   if lane > 0 then
     select e.first_id into v_leased_id from pgqueue.leases e
     where e.subscription_id = tend.subscription_id and e.lane = tend.lane and e.lane > 0
-      and e.first_id > v_lane.low
+      and e.key_hash is null and e.first_id > v_lane.low
     order by e.first_id limit 1;
   end if;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
@@ -42,6 +42,15 @@ begin
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
   perform pgqueue.reclaim(subscription_id);
+  perform pgqueue.release_key(h.subscription_id, h.key_hash)
+  from pgqueue.held_keys h
+  where h.subscription_id = tend.subscription_id and h.lane = tend.lane
+    and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
+    and not exists (
+      select from pgqueue.retries r
+      where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+        and r.due_at < 'infinity'
+    );
 
   if v_low >> 16 > v_lane.low >> 16 and pgqueue.ends_soon()
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
@@ -159,7 +168,9 @@ begin
       select p.subscription_id from present p
       union select e.subscription_id from pgqueue.leases e
       union select r.subscription_id from pgqueue.retries r
+      union select h.subscription_id from pgqueue.held_keys h
       union select f.subscription_id from pgqueue.failures f
+      union select x.subscription_id from pgqueue.expired x
       union select l.subscription_id from pgqueue.lanes l
     ) p
     where p.subscription_id is not null
@@ -171,6 +182,22 @@ begin
       return next;
     end if;
   end loop;
+
+  with gone as (
+    delete from pgqueue.expired x returning x.*
+  )
+  insert into pgqueue.expired (subscription_id, messages)
+  select g.subscription_id, sum(g.messages) from gone g group by g.subscription_id;
+  task := 'dedup_keys forgotten';
+  subject := 'pgqueue.published_keys';
+  delete from pgqueue.published_keys p where p.ctid in (
+    select p.ctid from pgqueue.published_keys p
+    where p.expires_at <= clock_timestamp() for update skip locked
+  );
+  get diagnostics amount = row_count;
+  if amount > 0 then
+    return next;
+  end if;
 
   task := 'bytes freed of acked messages';
   for leaf in 0..3 loop

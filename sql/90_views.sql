@@ -7,6 +7,8 @@ select
   coalesce(e.in_flight, 0) as in_flight,
   coalesce(r.retrying, 0) as retrying,
   coalesce(x.dead, 0) as dead,
+  coalesce(g.expired, 0) as expired,
+  s.paused,
   date_trunc('milliseconds', clock_timestamp() - m.published_at) as oldest_pending,
   l.last_delivered_at,
   l.last_ack_at
@@ -33,6 +35,10 @@ left join (
   select x.subscription, count(*) as dead
   from pgqueue.dead_letters x group by x.subscription
 ) x on x.subscription = s.subscription
+left join (
+  select g.subscription_id, sum(g.messages) as expired
+  from pgqueue.expired g group by g.subscription_id
+) g on g.subscription_id = s.subscription_id
 left join lateral (
   select m.published_at from pgqueue.messages m
   where m.message_id = least(d.first_id, r.first_id)
@@ -41,7 +47,7 @@ left join lateral (
 order by s.subscription;
 
 comment on view pgqueue.status is
-  'One row per subscription: messages waiting (backlog), with consumers (in_flight), given back (retrying) and given up (dead), the age of the oldest that waits or retries, and when something was last delivered and acked (to about a second).';
+  'One row per subscription: messages waiting (backlog), with consumers (in_flight), given back or delayed (retrying), given up (dead) and expired without becoming dead letters, whether it is paused, the age of the oldest that waits or retries, and when something was last delivered and acked (to about a second).';
 
 create view pgqueue.in_flight as
 select

@@ -1,0 +1,56 @@
+-- Stopping and emptying a subscription.
+
+create function pgqueue.set_paused(subscription text, paused boolean) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_subscription pgqueue.subscriptions := pgqueue.subscription_named(set_paused.subscription);
+begin
+  update pgqueue.subscriptions s set paused = set_paused.paused
+  where s.subscription_id = v_subscription.subscription_id and s.paused <> set_paused.paused;
+  if not found then
+    return false;
+  end if;
+  perform pgqueue.wake_when_settled(v_subscription.subscription_id);
+  return true;
+end $$;
+
+create function pgqueue.pause(subscription text) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pgqueue.set_paused(subscription, true);
+end $$;
+
+comment on function pgqueue.pause(text) is
+  'Hands out no messages of the subscription any more, until resume; what is in flight may be settled. Publishing goes on. Returns whether that was new.';
+
+create function pgqueue.resume(subscription text) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pgqueue.set_paused(subscription, false);
+end $$;
+
+comment on function pgqueue.resume(text) is
+  'Ends a pause. Returns whether there was one.';
+
+create function pgqueue.purge(subscription text) returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_subscription pgqueue.subscriptions;
+begin
+  perform pgqueue.require_read_committed('purge');
+  v_subscription := pgqueue.subscription_named(subscription);
+  return pgqueue.delete_unlocked('deliveries', v_subscription.subscription_id)
+    + pgqueue.delete_unlocked('retries', v_subscription.subscription_id);
+end $$;
+
+comment on function pgqueue.purge(text) is
+  'Drops all messages of the subscription that wait or are to be retried, and returns how many. What is in flight, or locked by another transaction, stays.';
