@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from ._ack import Ack
 from ._async.message import AsyncMessage
-from ._async.queue import AsyncQueue, AsyncSubscription
+from ._async.queue import AsyncQueue
 from ._async.source import AsyncSource, AsyncSQLSource
+from ._async.subscription import AsyncSubscription
 from ._install import install
 from ._sync.message import Message
-from ._sync.queue import Queue, Subscription
+from ._sync.queue import Queue
 from ._sync.source import Source, SQLSource
+from ._sync.subscription import Subscription
 from .errors import (
+    BacklogFull,
     LeaseLost,
     NotHeld,
     PgQueueError,
@@ -42,6 +45,7 @@ __all__ = [
     "AsyncSQLSource",
     "AsyncSource",
     "AsyncSubscription",
+    "BacklogFull",
     "LeaseLost",
     "Message",
     "NotHeld",

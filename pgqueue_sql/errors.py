@@ -42,6 +42,12 @@ class NotHeld(PgQueueError):
     sqlstate = "PQ004"
 
 
+class BacklogFull(PgQueueError):
+    """A subscription with a max_backlog does not take the message; nothing was published."""
+
+    sqlstate = "PQ005"
+
+
 class UnwrapError(PgQueueError):
     """A payload does not fit the type that `consume` was to unwrap it into."""
 
@@ -57,7 +63,7 @@ class Requeued(PgQueueError):
 
 _BY_SQLSTATE: dict[str, type[PgQueueError]] = {
     error.sqlstate: error
-    for error in (UnknownSubscription, SettingsDiffer, LeaseLost, NotHeld)
+    for error in (UnknownSubscription, SettingsDiffer, LeaseLost, NotHeld, BacklogFull)
     if error.sqlstate is not None
 }
 

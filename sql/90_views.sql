@@ -7,7 +7,7 @@ select
   coalesce(e.in_flight, 0) as in_flight,
   coalesce(r.retrying, 0) as retrying,
   coalesce(x.dead, 0) as dead,
-  coalesce(g.expired, 0) as expired,
+  coalesce(g.expired, 0)::bigint as expired,
   s.paused,
   date_trunc('milliseconds', clock_timestamp() - m.published_at) as oldest_pending,
   l.last_delivered_at,

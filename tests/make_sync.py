@@ -15,7 +15,7 @@ from pathlib import Path
 import unasync  # type: ignore[import-untyped]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pgqueue_sql"
-GENERATED = ("message.py", "source.py", "consumer.py", "queue.py")
+GENERATED = ("message.py", "source.py", "consumer.py", "subscription.py", "queue.py")
 RENAMED = {
     "AsyncConnection": "Connection",
     "AsyncConsumer": "Consumer",

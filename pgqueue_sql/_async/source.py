@@ -6,12 +6,12 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
 import psycopg
 from psycopg import AsyncConnection, sql
 
+from .._sql import call, seconds
 from ..errors import LeaseLost, translated
 from .message import AsyncMessage, AsyncSettler
 from .runtime import Lock, Waker
@@ -93,7 +93,7 @@ class AsyncSQLSource:
     async def subscribe(self) -> None:
         """Create the subscription, if settings for it were given."""
         if self._settings is not None:
-            await self._execute(*subscribe_call(self._subscription, self._settings))
+            await self._execute(*call("subscribe", self._subscription, **self._settings))
 
     async def listen(self) -> None:
         """Connect, and LISTEN."""
@@ -109,7 +109,7 @@ class AsyncSQLSource:
             (
                 self._subscription,
                 max_messages,
-                timedelta(seconds=self.lease),
+                seconds(self.lease),
                 acked[0].receipt if acked else None,
                 self._owner,
             ),
@@ -126,16 +126,16 @@ class AsyncSQLSource:
         self._waker.forget()
         if self._stopped:
             return
-        ((seconds,),) = await self._execute(
+        ((sleep,),) = await self._execute(
             "select extract(epoch from pgqueue.await(%s, %s))::float8",
-            (self._subscription, timedelta(seconds=self._poll)),
+            (self._subscription, seconds(self._poll)),
         )
         connection = self._connection
-        if seconds <= 0 or connection is None or connection.closed:
+        if sleep <= 0 or connection is None or connection.closed:
             return
         # libpq may have read a notification together with the last result
         if connection.pgconn.notifies() is None:
-            await self._waker.wait(seconds, connection.fileno())
+            await self._waker.wait(sleep, connection.fileno())
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -148,9 +148,7 @@ class AsyncSQLSource:
 
     async def ack(self, messages: Sequence[AsyncMessage[Any]]) -> None:
         """Call pgqueue.ack."""
-        await self._execute(
-            "select pgqueue.ack(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
-        )
+        await self._execute(*call("ack", messages[0].receipt, ids(messages)), settles=True)
 
     async def requeue(
         self,
@@ -160,30 +158,25 @@ class AsyncSQLSource:
     ) -> None:
         """Call pgqueue.requeue."""
         await self._execute(
-            "select pgqueue.requeue(%s, %s, %s, %s)",
-            (
+            *call(
+                "requeue",
                 messages[0].receipt,
                 ids(messages),
-                None if delay is None else timedelta(seconds=delay),
+                delay=seconds(delay),
                 # text in PostgreSQL has no NUL
-                None if error is None else error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+                error=None if error is None else error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
             ),
             settles=True,
         )
 
     async def release(self, messages: Sequence[AsyncMessage[Any]]) -> None:
         """Call pgqueue.release."""
-        await self._execute(
-            "select pgqueue.release(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
-        )
+        await self._execute(*call("release", messages[0].receipt, ids(messages)), settles=True)
 
     async def extend(self, messages: Sequence[AsyncMessage[Any]]) -> None:
         """Call pgqueue.extend. An ack that waits for its transaction's commit needs none."""
         with suppress(psycopg.errors.LockNotAvailable):
-            await self._execute(
-                "select pgqueue.extend(%s, %s)",
-                (messages[0].receipt, timedelta(seconds=self.lease)),
-            )
+            await self._execute(*call("extend", messages[0].receipt, seconds(self.lease)))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -279,11 +272,3 @@ class AsyncSQLSource:
 def ids(messages: Sequence[AsyncMessage[Any]]) -> list[int]:
     """The ids of messages."""
     return [message.message_id for message in messages]
-
-
-def subscribe_call(name: str, settings: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    """The statement, and its parameters, that creates a subscription."""
-    return (
-        "select pgqueue.subscribe(%s, %s, ordering => %s, max_attempts => %s)",
-        (name, settings["topic"], settings["ordering"], settings["max_attempts"]),
-    )

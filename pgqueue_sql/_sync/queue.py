@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal
 
 from psycopg import Connection
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
+from .._sql import call, seconds
 from ..errors import translated
-from .consumer import Consumer, OnError
-from .message import Message
-from .runtime import HandlerResult, stop_on_signals
-from .source import Connect, Source, SQLSource, subscribe_call
-
-T = TypeVar("T")
+from .subscription import Subscription
 
 # A consumer's connection may be idle for long: let TCP notice when the server has gone.
 KEEPALIVE: dict[str, Any] = {
@@ -68,11 +65,35 @@ class Queue:
         *,
         headers: dict[str, Any] | None = None,
         key: str | None = None,
+        delay: float | None = None,
+        deliver_at: datetime | None = None,
+        expires_at: datetime | None = None,
+        dedup_key: str | None = None,
+        dedup_window: float | None = None,
     ) -> int:
-        """Publish a payload (whatever `json` can dump) and return the message's id."""
+        """Publish a payload (whatever `json` can dump) and return the message's id.
+
+        key: what an ordering by key goes by.
+        delay, deliver_at: seconds to wait, or the time to wait for, before it is delivered.
+        expires_at: when it is not delivered any more.
+        dedup_key, dedup_window: within so many seconds (300) a second publish to the topic with the
+            same key publishes nothing and returns the first message's id.
+
+        Raises BacklogFull if a subscription does not take more.
+        """
         rows = self._call(
-            "select pgqueue.publish(%s, %s, %s, %s)",
-            (topic, Jsonb(payload), None if headers is None else Jsonb(headers), key),
+            *call(
+                "publish",
+                topic,
+                Jsonb(payload),
+                headers=None if headers is None else Jsonb(headers),
+                key=key,
+                delay=seconds(delay),
+                deliver_at=deliver_at,
+                expires_at=expires_at,
+                dedup_key=dedup_key,
+                dedup_window=seconds(dedup_window),
+            )
         )
         return int(rows[0][0])
 
@@ -103,16 +124,53 @@ class Queue:
         name: str,
         topic: str,
         *,
-        ordering: Literal["none", "total"] = "none",
+        ordering: Literal["none", "total", "key"] = "none",
+        lanes: int | None = None,
         max_attempts: int | None = None,
+        on_exhausted: Literal["dead_letter", "block"] | None = None,
+        retry_delay: float | None = None,
+        retry_factor: float | None = None,
+        retry_ceiling: float | None = None,
+        retry_jitter: float | None = None,
+        max_age: float | None = None,
+        on_expired: Literal["dead_letter", "discard"] | None = None,
+        max_backlog: int | None = None,
+        on_full: Literal["reject", "drop_oldest"] | None = None,
     ) -> Subscription:
         """Create a subscription, unless it exists with the same settings.
 
-        `ordering`: "none", or "total" for publish order. `max_attempts`: deliveries after which a
-        message goes to the dead letters. Raises SettingsDiffer if it exists with other settings.
+        ordering: "none"; "total" for publish order, one consumer at a time; "key" for the publish
+            order of each key, with up to `lanes` (16) keys side by side.
+        max_attempts: deliveries after which a message is given up: by default there is no end.
+            on_exhausted: "dead_letter", or "block" what is ordered behind it.
+        retry_delay: seconds (0) before a requeued message comes again; each time `retry_factor` (2)
+            as long, up to `retry_ceiling` seconds (3600), give or take `retry_jitter` (0.1) of it.
+        max_age: seconds after its publication when a message is not delivered any more; on_expired:
+            "dead_letter" or "discard".
+        max_backlog: how many messages may wait; on_full: "reject" what is published beyond it, or
+            "drop_oldest" into the dead letters.
+
+        Raises SettingsDiffer if it exists with other settings.
         """
-        settings = {"topic": topic, "ordering": ordering, "max_attempts": max_attempts}
-        self._call(*subscribe_call(name, settings))
+        self._call(
+            *call(
+                "subscribe",
+                name,
+                topic,
+                ordering=ordering,
+                lanes=lanes,
+                max_attempts=max_attempts,
+                on_exhausted=on_exhausted,
+                retry_delay=seconds(retry_delay),
+                retry_factor=retry_factor,
+                retry_ceiling=seconds(retry_ceiling),
+                retry_jitter=retry_jitter,
+                max_age=seconds(max_age),
+                on_expired=on_expired,
+                max_backlog=max_backlog,
+                on_full=on_full,
+            )
+        )
         return self.subscription(name)
 
     def subscription(self, name: str) -> Subscription:
@@ -127,143 +185,66 @@ class Queue:
 
     def unsubscribe(self, name: str) -> bool:
         """Drop a subscription with all that is pending; False if there is none of that name."""
-        rows = self._call("select pgqueue.unsubscribe(%s)", (name,))
-        return bool(rows[0][0])
+        return bool(self._value("unsubscribe", name))
+
+    def pause(self, name: str) -> bool:
+        """Let a subscription deliver nothing until `resume`. Returns whether that is new."""
+        return bool(self._value("pause", name))
+
+    def resume(self, name: str) -> bool:
+        """End a pause. Returns whether there was one."""
+        return bool(self._value("resume", name))
+
+    def purge(self, name: str) -> int:
+        """Drop what waits in a subscription, not what is in flight. Returns how many messages."""
+        return int(self._value("purge", name))
+
+    def redrive(
+        self,
+        name: str,
+        message_ids: Sequence[int] | None = None,
+        *,
+        older_than: float | None = None,
+        max_messages: int | None = None,
+    ) -> int:
+        """Deliver dead letters of a subscription again, as new messages, and return how many.
+
+        All of them, or those named, or dead for `older_than` seconds, or the oldest `max_messages`.
+        """
+        return int(self._choose("redrive", name, message_ids, older_than, max_messages))
+
+    def discard(
+        self,
+        name: str,
+        message_ids: Sequence[int] | None = None,
+        *,
+        older_than: float | None = None,
+        max_messages: int | None = None,
+    ) -> int:
+        """Drop dead letters of a subscription, chosen as by `redrive`, and return how many."""
+        return int(self._choose("discard", name, message_ids, older_than, max_messages))
+
+    def _choose(
+        self,
+        function: str,
+        name: str,
+        message_ids: Sequence[int] | None,
+        older_than: float | None,
+        max_messages: int | None,
+    ) -> Any:
+        return self._value(
+            function,
+            name,
+            message_ids=None if message_ids is None else list(message_ids),
+            older_than=seconds(older_than),
+            max_messages=max_messages,
+        )
+
+    def _value(self, function: str, *arguments: Any, **options: Any) -> Any:
+        rows = self._call(*call(function, *arguments, **options))
+        return rows[0][0]
 
     def _call(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         with self.connection.cursor(row_factory=tuple_row) as cursor, translated():
             cursor.execute(query, parameters)
             return cursor.fetchall()
-
-
-class Subscription:
-    """A subscription, to consume from: any number of times, side by side or in turn."""
-
-    def __init__(self, name: str, connect: Connect | None, source: Source | None = None) -> None:
-        self.name = name
-        self._connect = connect
-        self._source = source
-        self._running: list[Consumer[Any]] = []
-        self._stop_next = False
-
-    @classmethod
-    def from_source(cls, source: Source) -> Subscription:
-        """A subscription whose messages come from elsewhere, such as a test."""
-        return cls(repr(source), None, source)
-
-    @overload
-    def consume(
-        self,
-        handler: Callable[[Message[T]], HandlerResult],
-        *,
-        into: Callable[..., T] | None = None,
-        batch: None = None,
-        prefetch: int = 1,
-        concurrency: int = 1,
-        lease: float = 30.0,
-        poll: float = 1.0,
-        listen: bool = True,
-        stop_on_requeue: bool = False,
-        on_error: OnError | None = None,
-        handle_signals: bool = True,
-    ) -> None: ...
-
-    @overload
-    def consume(
-        self,
-        handler: Callable[[list[Message[T]]], HandlerResult],
-        *,
-        into: Callable[..., T] | None = None,
-        batch: int,
-        concurrency: int = 1,
-        lease: float = 30.0,
-        poll: float = 1.0,
-        listen: bool = True,
-        stop_on_requeue: bool = False,
-        on_error: OnError | None = None,
-        handle_signals: bool = True,
-    ) -> None: ...
-
-    def consume(
-        self,
-        handler: Callable[[Any], HandlerResult],
-        *,
-        into: Callable[..., Any] | None = None,
-        batch: int | None = None,
-        prefetch: int = 1,
-        concurrency: int = 1,
-        lease: float = 30.0,
-        poll: float = 1.0,
-        listen: bool = True,
-        stop_on_requeue: bool = False,
-        on_error: OnError | None = None,
-        handle_signals: bool = True,
-    ) -> None:
-        """Call `handler` with every message, what is pending and then what comes, until stopped.
-
-        The handler's answer settles the message: Ack.OK or None acks it, Ack.REQUEUE gives it back,
-        and so does an exception, which is reported to `on_error(exception, messages)`, by default
-        to the log. What the handler settled itself, with `message.ok()` or `message.requeue()`,
-        stays as it is.
-
-        into: what to unwrap payloads into: a dataclass, a TypedDict, or a callable that takes the
-            JSON. A payload that does not fit is requeued like one whose handler failed.
-        batch: call the handler with a list of up to so many messages, which are settled together.
-        prefetch: messages to take per round trip when they are handled one by one.
-        concurrency: calls of the handler at a time: tasks in an Subscription, else threads.
-        lease: seconds for which the messages are the consumer's; if they are not settled by then,
-            another consumer gets them.
-        poll: seconds after which to look again if no notification comes.
-        listen: whether to LISTEN, or only to poll.
-        stop_on_requeue: raise as soon as a message is requeued: the handler's exception if it
-            raised one, else Requeued.
-        handle_signals: let SIGINT and SIGTERM call `stop` and, the second time, cancel; only in the
-            main thread.
-
-        Stopping settles the delivery at hand and gives back what was fetched beyond it. Cancelling
-        (the task, or by KeyboardInterrupt) does not wait for the handler: its message is pending
-        again at once.
-
-        Raises what goes wrong with fetching, listening and acking (LeaseLost when the handler took
-        longer than the lease); an ExceptionGroup for more than one. A lost connection is made anew.
-        """
-        for name, value in (("batch", batch), ("prefetch", prefetch), ("concurrency", concurrency)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        for name, seconds in (("lease", lease), ("poll", poll)):
-            if not seconds > 0:
-                raise ValueError(f"{name} is {seconds} seconds; it must be above 0")
-        source = self._source
-        if source is None:
-            assert self._connect is not None
-            source = SQLSource(self._connect, self.name, lease=lease, poll=poll, listen=listen)
-        consumer = Consumer(
-            source,
-            handler,
-            into=into,
-            batch=batch,
-            prefetch=prefetch,
-            concurrency=concurrency,
-            stop_on_requeue=stop_on_requeue,
-            on_error=on_error,
-        )
-        self._running.append(consumer)
-        try:
-            with stop_on_signals(handle_signals, consumer.stop):
-                if self._stop_next:
-                    self._stop_next = False
-                    consumer.stop()
-                consumer.run()
-        finally:
-            self._running.remove(consumer)
-
-    def stop(self) -> None:
-        """Let every `consume` of this object return once the delivery at hand is settled.
-
-        No handler is called after that. If none is consuming, the next `consume` returns at once.
-        From any thread, and from within a handler.
-        """
-        if not self._running:
-            self._stop_next = True
-        for consumer in list(self._running):
-            consumer.stop()

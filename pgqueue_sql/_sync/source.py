@@ -7,12 +7,12 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
 import psycopg
 from psycopg import Connection, sql
 
+from .._sql import call, seconds
 from ..errors import LeaseLost, translated
 from .message import Message, Settler
 from .runtime import Lock, Waker
@@ -94,7 +94,7 @@ class SQLSource:
     def subscribe(self) -> None:
         """Create the subscription, if settings for it were given."""
         if self._settings is not None:
-            self._execute(*subscribe_call(self._subscription, self._settings))
+            self._execute(*call("subscribe", self._subscription, **self._settings))
 
     def listen(self) -> None:
         """Connect, and LISTEN."""
@@ -110,7 +110,7 @@ class SQLSource:
             (
                 self._subscription,
                 max_messages,
-                timedelta(seconds=self.lease),
+                seconds(self.lease),
                 acked[0].receipt if acked else None,
                 self._owner,
             ),
@@ -127,16 +127,16 @@ class SQLSource:
         self._waker.forget()
         if self._stopped:
             return
-        ((seconds,),) = self._execute(
+        ((sleep,),) = self._execute(
             "select extract(epoch from pgqueue.await(%s, %s))::float8",
-            (self._subscription, timedelta(seconds=self._poll)),
+            (self._subscription, seconds(self._poll)),
         )
         connection = self._connection
-        if seconds <= 0 or connection is None or connection.closed:
+        if sleep <= 0 or connection is None or connection.closed:
             return
         # libpq may have read a notification together with the last result
         if connection.pgconn.notifies() is None:
-            self._waker.wait(seconds, connection.fileno())
+            self._waker.wait(sleep, connection.fileno())
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -149,9 +149,7 @@ class SQLSource:
 
     def ack(self, messages: Sequence[Message[Any]]) -> None:
         """Call pgqueue.ack."""
-        self._execute(
-            "select pgqueue.ack(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
-        )
+        self._execute(*call("ack", messages[0].receipt, ids(messages)), settles=True)
 
     def requeue(
         self,
@@ -161,30 +159,25 @@ class SQLSource:
     ) -> None:
         """Call pgqueue.requeue."""
         self._execute(
-            "select pgqueue.requeue(%s, %s, %s, %s)",
-            (
+            *call(
+                "requeue",
                 messages[0].receipt,
                 ids(messages),
-                None if delay is None else timedelta(seconds=delay),
+                delay=seconds(delay),
                 # text in PostgreSQL has no NUL
-                None if error is None else error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+                error=None if error is None else error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
             ),
             settles=True,
         )
 
     def release(self, messages: Sequence[Message[Any]]) -> None:
         """Call pgqueue.release."""
-        self._execute(
-            "select pgqueue.release(%s, %s)", (messages[0].receipt, ids(messages)), settles=True
-        )
+        self._execute(*call("release", messages[0].receipt, ids(messages)), settles=True)
 
     def extend(self, messages: Sequence[Message[Any]]) -> None:
         """Call pgqueue.extend. An ack that waits for its transaction's commit needs none."""
         with suppress(psycopg.errors.LockNotAvailable):
-            self._execute(
-                "select pgqueue.extend(%s, %s)",
-                (messages[0].receipt, timedelta(seconds=self.lease)),
-            )
+            self._execute(*call("extend", messages[0].receipt, seconds(self.lease)))
 
     def close(self) -> None:
         """Close the connection."""
@@ -278,11 +271,3 @@ class SQLSource:
 def ids(messages: Sequence[Message[Any]]) -> list[int]:
     """The ids of messages."""
     return [message.message_id for message in messages]
-
-
-def subscribe_call(name: str, settings: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    """The statement, and its parameters, that creates a subscription."""
-    return (
-        "select pgqueue.subscribe(%s, %s, ordering => %s, max_attempts => %s)",
-        (name, settings["topic"], settings["ordering"], settings["max_attempts"]),
-    )
