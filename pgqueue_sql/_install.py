@@ -56,6 +56,8 @@ def install(connection: Connection[Any]) -> str:
                 "Rename it (ALTER SCHEMA pgqueue RENAME TO ...) or drop it, and install again."
             )
         cursor.execute("create schema if not exists pgqueue")
+        # as CREATE EXTENSION has it: nothing in the script may bind to what a user put in the way
+        cursor.execute("set local search_path = pg_catalog, pg_temp")
         # bytes, as psycopg passes many statements at once only without parameters
         cursor.execute(script().encode())
     return f"installed pgqueue {VERSION}"

@@ -1,6 +1,21 @@
 -- complain if the script is sourced in psql rather than by CREATE EXTENSION
 \echo Use "CREATE EXTENSION pgqueue" to load this file. \quit
 
+-- Whoever owns the schema could put functions beside ours that ours would call.
+do $$
+begin
+  if not exists (
+    select from pg_catalog.pg_namespace n
+    where n.nspname operator(pg_catalog.=) 'pgqueue'
+      and n.nspowner operator(pg_catalog.=) current_user::pg_catalog.regrole
+  ) then
+    raise exception using
+      errcode = 'insufficient_privilege',
+      message = 'the schema pgqueue belongs to another role',
+      hint = 'Drop the schema pgqueue, or make it yours with ALTER SCHEMA pgqueue OWNER TO CURRENT_USER, after a look at what is in it.';
+  end if;
+end $$;
+
 -- Installed version, the same whether the files came as an extension or were
 -- run as a script (python -m pgqueue_sql install).
 create function pgqueue.version() returns text
@@ -32,9 +47,12 @@ language sql immutable parallel safe
 return name <> '' and length(name) <= 200 and name !~ '^ |[''"`%\\\u0001-\u001f\u007f-\u009f]';
 
 -- Domains, because the CHECK constraint of a table is parsed anew for every
--- statement, which costs as much as a row.
+-- statement, which costs as much as a row. Not by is_name, which the role that
+-- inserts into pgqueue.messages need not be allowed to call.
 create domain pgqueue.topic_name as text
-  constraint is_a_name check (pgqueue.is_name(value));
+  constraint is_a_name check (
+    value <> '' and length(value) <= 200 and value !~ '^ |[''"`%\\\u0001-\u001f\u007f-\u009f]'
+  );
 create domain pgqueue.message_headers as jsonb
   constraint is_an_object check (jsonb_typeof(value) = 'object');
 
@@ -54,7 +72,7 @@ begin
       message = format('%s is not the name of a %s', quote_literal(left(name, 60)), kind),
       detail = format('It has %s characters.', length(name)),
       hint = 'Use 1 to 200 characters, the first no space, without quotes, '
-        'backslashes, percent signs and control characters.';
+        'backticks, backslashes, percent signs and control characters.';
   end if;
 end $$;
 

@@ -219,6 +219,11 @@ begin
       errcode = 'null_value_not_allowed',
       message = format('the payloads for topic %s are NULL', coalesce(topic, 'NULL')),
       hint = 'Pass an array of jsonb; an empty one publishes nothing.';
+  elsif greatest(array_ndims(payloads), array_ndims(headers), array_ndims(keys)) > 1 then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('the payloads for topic %s, their headers or keys have more than one dimension', coalesce(topic, 'NULL')),
+      hint = 'Pass arrays of one dimension. A JSON array as a payload is one element.';
   elsif cardinality(headers) <> cardinality(payloads) or cardinality(keys) <> cardinality(payloads) then
     raise exception using
       errcode = 'array_subscript_error',

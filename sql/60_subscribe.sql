@@ -102,19 +102,23 @@ begin
     max_attempts, on_exhausted, retry_delay, retry_factor, retry_ceiling, retry_jitter,
     max_age, on_expired, max_backlog, on_full, false, clock_timestamp()
   );
-  insert into pgqueue.subscriptions as s
-  select w.* from (select nextval('pgqueue.subscription_ids')::int as id) n,
-    lateral jsonb_populate_record(v_wanted, jsonb_build_object('subscription_id', n.id)) w
-  on conflict do nothing
-  returning s.* into v_existing;
-  if found then
-    insert into pgqueue.lanes (subscription_id, lane)
-    select v_existing.subscription_id, lane
-    from generate_series(case ordering when 'total' then 1 else 0 end, v_existing.lanes) lane;
-    return;
-  end if;
+  loop
+    insert into pgqueue.subscriptions as s
+    select w.* from (select nextval('pgqueue.subscription_ids')::int as id) n,
+      lateral jsonb_populate_record(v_wanted, jsonb_build_object('subscription_id', n.id)) w
+    on conflict do nothing
+    returning s.* into v_existing;
+    if found then
+      insert into pgqueue.lanes (subscription_id, lane)
+      select v_existing.subscription_id, lane
+      from generate_series(case ordering when 'total' then 1 else 0 end, v_existing.lanes) lane;
+      return;
+    end if;
+    select s.* into v_existing from pgqueue.subscriptions s where s.subscription = v_wanted.subscription;
+    -- it may have been dropped between the two statements
+    exit when found;
+  end loop;
 
-  v_existing := pgqueue.subscription_named(subscription);
   select string_agg(
     format('%s is %s, asked for was %s', e.key, e.value, w.value), '; ' order by e.key
   ) into v_different

@@ -14,6 +14,12 @@ create type pgqueue.claim as (
   tending_is_due boolean
 );
 
+-- Attempts with the one at hand. A message without max_attempts may see more
+-- than a smallint can count.
+create function pgqueue.one_more(attempts smallint) returns smallint
+language sql immutable parallel safe
+return least(attempts + 1, 32767);
+
 -- Whether the transaction is, as far as one can tell, this one statement. Locks
 -- last as long as the transaction: where a handler may run in it, housekeeping
 -- that keeps others off something had better wait.
@@ -44,7 +50,7 @@ begin
   select d.message_id into v_oldest from pgqueue.deliveries d
   where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
   order by d.message_id limit 1;
-  perform from pgqueue.messages_of(array[v_oldest], null) m
+  perform from pgqueue.messages_of(array[v_oldest], null::smallint[]) m
   where m.published_at < clock_timestamp() - interval '10 s';
   return case when found then floor(max_messages / 2.0 + random()) else max_messages end;
 end $$;
@@ -80,7 +86,7 @@ begin
     if found then
       v_retries := pgqueue.retry_quota(v_lane, case when v_alone then 1 else max_messages end);
       select
-        array_agg(r.ctid), array_agg(r.message_id), array_agg((r.attempts + 1)::smallint),
+        array_agg(r.ctid), array_agg(r.message_id), array_agg(pgqueue.one_more(r.attempts)),
         bool_or(r.expires_at <= v_now)
       into v_claim.retry_tids, v_retry_ids, v_retry_attempts, v_retry_unfit
       from (
@@ -94,7 +100,7 @@ begin
     v_retries := coalesce(cardinality(v_retry_ids), 0);
     if v_retries < max_messages and (v_alone is not true or v_retries = 0) then
       select
-        array_agg(d.tid), array_agg(d.message_id), array_agg((d.attempts + 1)::smallint),
+        array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
         bool_or(d.expires_at <= v_now or d.not_before > v_now)
       into v_claim.delivery_tids, v_claim.message_ids, v_claim.attempts, v_unfit
       from (
@@ -188,7 +194,7 @@ begin
   select
     array_agg(n.ctid) filter (where not n.is_retry), array_agg(n.ctid) filter (where n.is_retry),
     array_agg(n.message_id order by n.message_id),
-    array_agg((n.attempts + 1)::smallint order by n.message_id)
+    array_agg(pgqueue.one_more(n.attempts) order by n.message_id)
   into v_claim.delivery_tids, v_claim.retry_tids, v_claim.message_ids, v_claim.attempts
   from named n;
   v_claim.subscription_id := subscription_id;

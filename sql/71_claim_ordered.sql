@@ -52,7 +52,7 @@ begin
   v_now := clock_timestamp();
   loop
     select
-      array_agg(d.tid), array_agg(d.message_id), array_agg((d.attempts + 1)::smallint),
+      array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
       min(d.message_id) filter (where d.not_before > v_now),
       min(d.message_id) filter (where d.alone), bool_or(d.expires_at <= v_now)
     into
@@ -130,7 +130,7 @@ begin
 
   insert into pgqueue.held_keys (subscription_id, key_hash, lane)
   select distinct (s).subscription_id, pgqueue.key_hash(m.key), lane
-  from pgqueue.deliveries d cross join pgqueue.messages_of(array[d.message_id], null) m
+  from pgqueue.deliveries d cross join pgqueue.messages_of(array[d.message_id], null::smallint[]) m
   where d.ctid = any (c.delivery_tids) and d.not_before > at
   on conflict do nothing;
   select array_agg(h.key_hash) into v_held from pgqueue.held_keys h
@@ -143,7 +143,7 @@ begin
 
   with keyed as (
     select i.tid, i.attempts, m.message_id, pgqueue.key_hash(m.key) as key_hash
-    from pgqueue.messages_of(c.message_ids, null) m
+    from pgqueue.messages_of(c.message_ids, null::smallint[]) m
     join unnest(c.delivery_tids, c.message_ids, c.attempts) as i (tid, id, attempts)
       on i.id = m.message_id
   ), moved as (
@@ -235,7 +235,7 @@ begin
   loop
     select
       array_agg(r.tid order by r.place), array_agg(r.message_id order by r.place),
-      array_agg((r.attempts + 1)::smallint order by r.place),
+      array_agg(pgqueue.one_more(r.attempts) order by r.place),
       min(r.place) filter (
         where (r.due_at > v_now and (r.place = 1 or r.due_at < 'infinity'))
           or (r.place > 1 and (r.attempts > 0 or r.alone or r.first_tried))
@@ -345,7 +345,7 @@ declare
   v_key text;
   v_claim pgqueue.claim;
 begin
-  select m.key into v_key from pgqueue.messages_of(ids[1:1], null) m;
+  select m.key into v_key from pgqueue.messages_of(ids[1:1], null::smallint[]) m;
   if v_key is null then
     return pgqueue.claim_named(s.subscription_id, ids);
   end if;

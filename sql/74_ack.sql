@@ -5,13 +5,13 @@ language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if cardinality(message_ids) > 0 and array_position(message_ids, null) is null then
+  if array_ndims(message_ids) = 1 and array_position(message_ids, null) is null then
     return array(select distinct i from unnest(message_ids) i order by i);
   end if;
   raise exception using
     errcode = 'invalid_parameter_value',
     message = format('message_ids is %s', coalesce(message_ids::text, 'NULL')),
-    hint = 'Pass an array of message ids, without NULLs, of at least one element.';
+    hint = 'Pass an array of message ids, of one dimension, without NULLs, of at least one element.';
 end $$;
 
 -- Locks the lease. Waits if another transaction is settling it too, and fails

@@ -30,7 +30,7 @@ begin
   select
     s.subscription, m.message_id, m.topic, m.key, m.headers, m.payload, m.published_at,
     bury.reason, coalesce(h.attempts, 0), coalesce(h.failures, '[]')
-  from pgqueue.messages_of(bury.message_ids, null) m
+  from pgqueue.messages_of(bury.message_ids, null::smallint[]) m
   left join summary h on h.message_id = m.message_id;
 end $$;
 

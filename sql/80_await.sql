@@ -125,7 +125,7 @@ begin
     if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
       and not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
     then
-      return least(poll, '10 ms');
+      return least(poll, interval '10 ms');
     end if;
     v_registered := null;
   else
@@ -143,7 +143,7 @@ begin
   -- What receive would do, up to the lock: what can be locked can be delivered.
   v_claim := pgqueue.claim_pending(v_subscription, 1, v_settled);
   if v_claim.message_ids is not null then
-    return '0 s';
+    return interval '0 s';
   end if;
   v_next := pgqueue.next_delivery(v_subscription);
   perform pgqueue.tend(l.subscription_id, l.lane, false)
@@ -154,9 +154,9 @@ begin
     v_sleep := least(v_sleep, v_next.at - clock_timestamp());
   end if;
   if not v_subscription.paused and (v_in_flight or v_next.blocked) then
-    v_sleep := least(v_sleep, greatest('2 ms', v_waited / 2));
+    v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
   end if;
-  return greatest(v_sleep, '0 s');
+  return greatest(v_sleep, interval '0 s');
 end $$;
 
 comment on function pgqueue.await(text, interval) is
