@@ -107,12 +107,14 @@ class PrivateServer:
         *,
         extension_files: Sequence[Path] = (),
         settings: Mapping[str, str] | None = None,
+        root: Path | None = None,
         keep: bool = False,
     ) -> None:
         self.major = installation.major
         self._installation = installation
         self._extension_files = extension_files
         self._settings = {**DEFAULT_SETTINGS, **(settings or {})}
+        self._root = root or _temporary_root()
         self._keep = keep
         self._account = _service_account() if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,7 +125,7 @@ class PrivateServer:
         return f"host={self.host} port={self.port} user={self.user} dbname=postgres"
 
     def __enter__(self) -> PrivateServer:
-        self.folder = Path(tempfile.mkdtemp(prefix="pgqueue-", dir=_temporary_root()))
+        self.folder = Path(tempfile.mkdtemp(prefix="pgqueue-", dir=self._root))
         self.data_dir = self.folder / "data"
         self._log = self.folder / "server.log"
         watchdog = ("sh", "-c", _WATCHDOG, "sh", str(self.folder), "keep" if self._keep else "")
@@ -242,8 +244,8 @@ def _service_account() -> pwd.struct_passwd:
         return pwd.getpwnam("nobody")
 
 
-def _temporary_root() -> str:
+def _temporary_root() -> Path:
     """Return a folder every user can reach, with room for a socket's path (107 bytes at most)."""
     usual = Path(tempfile.gettempdir())
     for_all = all(folder.stat().st_mode & 0o001 for folder in (usual, *usual.parents))
-    return str(usual) if (for_all or os.geteuid() != 0) and len(str(usual)) < 64 else "/tmp"
+    return usual if (for_all or os.geteuid() != 0) and len(str(usual)) < 64 else Path("/tmp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from pgqueue_sql.private_server import Installation, PrivateServer
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What is lost with a machine's power is not tested: only processes are killed.
 SETTINGS = {"fsync": "off", "synchronous_commit": "on"}
+
+# A database per test is many small files: three times as fast in memory.
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 << 30
 
 InstallKind = Literal["extension", "script"]
 
@@ -75,7 +80,10 @@ class Servers:
     def server(self, installation: Installation) -> PrivateServer:
         if installation.major not in self._running:
             server = PrivateServer(
-                installation, extension_files=build_extension(self._folder), settings=SETTINGS
+                installation,
+                extension_files=build_extension(self._folder),
+                settings=SETTINGS,
+                root=_fast_root(),
             )
             self._running[installation.major] = self._cleanup.enter_context(server)
         return self._running[installation.major]
@@ -100,6 +108,16 @@ class Servers:
             janitor.load(_LOADERS[backend.install])
             self._templates.add(backend.id)
         return name
+
+
+def _fast_root() -> Path | None:
+    """The memory file system, if it has room and lets programs run; else None."""
+    try:
+        has = os.statvfs(MEMORY)
+    except OSError:
+        return None
+    roomy = has.f_bavail * has.f_frsize > MEMORY_BYTES and os.access(MEMORY, os.W_OK)
+    return MEMORY if roomy and not has.f_flag & os.ST_NOEXEC else None
 
 
 def _janitor(server: PrivateServer, **options: Any) -> DatabaseJanitor:
