@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, is_typeddict
+from typing import Any, TypeVar, get_origin, get_type_hints, is_typeddict
 
 from .errors import UnwrapError
 
@@ -24,7 +24,7 @@ def unwrap(payload: Any, into: Callable[..., T] | None) -> T:
         return payload  # type: ignore[no-any-return]
     try:
         if is_typeddict(into):
-            missing = into.__required_keys__ - _members(payload).keys()  # type: ignore[attr-defined]
+            missing = _required_keys(into) - _members(payload).keys()
             if missing:
                 raise TypeError(f"missing keys: {', '.join(sorted(missing))}")
             return payload  # type: ignore[no-any-return]
@@ -34,6 +34,18 @@ def unwrap(payload: Any, into: Callable[..., T] | None) -> T:
     except Exception as error:
         name = getattr(into, "__qualname__", repr(into))
         raise UnwrapError(f"the payload does not unwrap into {name}: {error}") from error
+
+
+def _required_keys(into: Any) -> set[str]:
+    """Not simply __required_keys__: that is wrong where annotations are strings."""
+    required = set(into.__required_keys__)
+    for name, hint in get_type_hints(into, include_extras=True).items():
+        marker = getattr(get_origin(hint), "_name", None)  # Required has no name before 3.11
+        if marker == "Required":
+            required.add(name)
+        elif marker == "NotRequired":
+            required.discard(name)
+    return required
 
 
 def _members(payload: Any) -> dict[str, Any]:

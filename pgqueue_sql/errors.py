@@ -61,6 +61,15 @@ class Requeued(PgQueueError):
         self.messages = list(messages)
 
 
+def describe(error: BaseException) -> str:
+    """An exception in a line that PostgreSQL can store as text."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
 _BY_SQLSTATE: dict[str, type[PgQueueError]] = {
     error.sqlstate: error
     for error in (UnknownSubscription, SettingsDiffer, LeaseLost, NotHeld, BacklogFull)

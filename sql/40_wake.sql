@@ -49,6 +49,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform pg_advisory_xact_lock_shared(pgqueue.settling_locks(), subscription_id);
+  -- try: who squats on the lock delays wake-ups, not acks
+  perform pg_try_advisory_xact_lock_shared(pgqueue.settling_locks(), subscription_id);
   perform pgqueue.wake(subscription_id);
 end $$;

@@ -67,13 +67,12 @@ declare
   v_now timestamptz := clock_timestamp();
   v_owned bigint[];
 begin
-  select
-    array_agg(e.receipt order by e.deadline) filter (where e.deadline < v_now),
-    array_agg(e.receipt) filter (where e.deadline >= v_now)
-  into overdue, v_owned
+  select array_agg(e.receipt order by e.deadline) into overdue
   from pgqueue.leases e
-  where e.subscription_id = ended_leases.subscription_id
-    and (e.deadline < v_now or e.owner is not null);
+  where e.subscription_id = ended_leases.subscription_id and e.deadline < v_now;
+  select array_agg(e.receipt) into v_owned
+  from pgqueue.leases e
+  where e.subscription_id = ended_leases.subscription_id and e.owner is not null;
   if v_owned is not null then
     select array_agg(e.receipt order by e.deadline) into orphaned
     from pgqueue.leases e

@@ -20,22 +20,12 @@ create function pgqueue.one_more(attempts smallint) returns smallint
 language sql immutable parallel safe
 return least(attempts + 1, 32767);
 
--- Whether the transaction is, as far as one can tell, this one statement. Locks
--- last as long as the transaction: where a handler may run in it, housekeeping
--- that keeps others off something had better wait.
-create function pgqueue.ends_soon() returns boolean
-language sql stable
-return now() = statement_timestamp();
-
 -- Whether tend() is worth its while: about once a second, or when fetches have
 -- come to start thousands of dead entries above low.
 create function pgqueue.tending_is_due(l pgqueue.lanes, first_id bigint) returns boolean
 language sql volatile
-return case when pgqueue.ends_soon()
-  then least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1 s'
-    or (first_id > l.low + 4096 and l.tended_at < clock_timestamp() - interval '50 ms')
-  else l.tended_at < clock_timestamp() - interval '10 s'
-end;
+return least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1 s'
+  or (first_id > l.low + 4096 and l.tended_at < clock_timestamp() - interval '50 ms');
 
 -- How many of the messages may be due retries. All, unless the oldest delivery
 -- has waited for 10 seconds: then half of them, for retries that fail over and
@@ -180,9 +170,11 @@ declare
   v_now timestamptz := clock_timestamp();
 begin
   with waiting as (
-    select d.ctid, d.message_id, d.attempts from pgqueue.deliveries d
-    where d.subscription_id = claim_named.subscription_id and d.lane = 0 and d.message_id = any (ids)
-    for update skip locked
+    select d.* from unnest(ids) i cross join lateral (
+      select d.ctid, d.message_id, d.attempts from pgqueue.deliveries d
+      where d.subscription_id = claim_named.subscription_id and d.lane = 0 and d.message_id = i
+      for update skip locked
+    ) d
   ), due as (
     select r.ctid, r.message_id, r.attempts from pgqueue.retries r
     where r.subscription_id = claim_named.subscription_id and r.due_at <= v_now
@@ -234,7 +226,7 @@ begin
         exit when v_claim.message_ids is not null;
       end loop;
     end if;
-    exit when v_claim.message_ids is not null or pgqueue.reclaim(s.subscription_id) = 0;
+    exit when v_claim.message_ids is not null or pgqueue.reclaim(s.subscription_id, 1) = 0;
   end loop;
   return v_claim;
 end $$;
@@ -255,18 +247,17 @@ begin
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
   end if;
   insert into pgqueue.leases as e (
-    subscription_id, lane, first_id, message_ids, attempts, key_hash, owner, owner_pid, deadline
+    subscription_id, lane, first_id, message_ids, attempts, key_hash, owner, owner_pid, deadline,
+    tend
   ) values (
     c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
-    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
+    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease,
+    coalesce(c.tending_is_due, false)
   )
   returning e.receipt into v_receipt;
   if c.key_hash is not null then
     update pgqueue.held_keys h set receipt = v_receipt
     where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
-  end if;
-  if c.tending_is_due then
-    perform pgqueue.tend(c.subscription_id, c.lane, true);
   end if;
   return v_receipt;
 end $$;

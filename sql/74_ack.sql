@@ -94,6 +94,7 @@ create function pgqueue.ack(receipt bigint, message_ids bigint[] default null) r
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -141,6 +142,10 @@ end $$;
 create function pgqueue.extend(receipt bigint, lease interval) returns timestamptz
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -156,8 +161,9 @@ begin
     end if;
     raise exception using
       errcode = 'lock_not_available',
-      message = format('the lease with receipt %s is being settled by another transaction', receipt),
-      hint = 'Nothing needs to be done: while that transaction is open nobody else gets the messages.';
+      message = format('the lease with receipt %s is locked by another transaction', receipt),
+      detail = 'It is being settled, or taken back because its deadline has passed.',
+      hint = 'If it is your own ack, nothing needs to be done: nobody else gets the messages before that transaction ends.';
   end if;
   update pgqueue.leases e set deadline = greatest(e.deadline, clock_timestamp() + lease)
   where e.receipt = extend.receipt

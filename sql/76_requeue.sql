@@ -109,6 +109,7 @@ create function pgqueue.requeue(
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -132,6 +133,7 @@ create function pgqueue.release(receipt bigint, message_ids bigint[] default nul
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -157,8 +159,9 @@ comment on function pgqueue.release(bigint, bigint[]) is
 -- Takes back the leases of the subscription whose deadline has passed or whose
 -- owner is dead, and returns how many deliveries that brought back. They are handed out one at a
 -- time from then on: nobody knows which one of the batch was to blame. Until
--- the commit nobody else sees them, so a long transaction takes one lease only.
-create function pgqueue.reclaim(subscription_id int) returns int
+-- the commit nobody else sees them, so whose transaction may be long takes one
+-- lease only.
+create function pgqueue.reclaim(subscription_id int, max_leases int) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -177,7 +180,7 @@ begin
     where e.receipt = any (v_ended.overdue || v_ended.orphaned)
       -- it may have been extended meanwhile
       and (e.deadline < v_now or e.receipt = any (v_ended.orphaned))
-    limit case when pgqueue.ends_soon() then 100 else 1 end
+    limit max_leases
     for update skip locked
   loop
     v_lease := pgqueue.settle(v_lease, null);

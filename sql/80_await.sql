@@ -34,7 +34,10 @@ declare
   v_setting text := pgqueue.waiting_setting(subscription_id);
 begin
   if current_setting(v_setting, true) <> '' then
-    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    -- it may have been unlocked by a receive that was rolled back
+    if pgqueue.is_registered(subscription_id) then
+      perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    end if;
     perform set_config(v_setting, '', false);
   end if;
 end $$;
@@ -80,6 +83,9 @@ begin
   ), coalesce(bool_or(not d.is_leased and (d.not_before > v_now) is not true), false) or exists (
     select from pgqueue.retries r
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
+  ) or exists (
+    select from pgqueue.leases e
+    where e.subscription_id = s.subscription_id and e.deadline <= v_now
   )
   into at, blocked
   from pgqueue.lanes l cross join lateral (
@@ -100,6 +106,7 @@ create function pgqueue.await(subscription text, poll interval default '1 s') re
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

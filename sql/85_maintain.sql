@@ -38,10 +38,11 @@ begin
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
     low = v_low,
-    tended_at = clock_timestamp(),
+    -- in vain: something old is in the way, which will not go within milliseconds
+    tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
-  perform pgqueue.reclaim(subscription_id);
+  perform pgqueue.reclaim(subscription_id, 100);
   perform pgqueue.release_key(h.subscription_id, h.key_hash)
   from pgqueue.held_keys h
   where h.subscription_id = tend.subscription_id and h.lane = tend.lane
@@ -52,12 +53,31 @@ begin
         and r.due_at < 'infinity'
     );
 
-  if v_low >> 16 > v_lane.low >> 16 and pgqueue.ends_soon()
+  if v_low >> 16 > v_lane.low >> 16
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
   then
     perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
   end if;
 end $$;
+
+-- A consumer's housekeeping comes with the commit of a lease. Its locks last to
+-- the end of the transaction, in which a handler may run for long.
+create function pgqueue.tend_at_commit() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  perform pgqueue.tend(new.subscription_id, new.lane, true);
+  return null;
+end $$;
+
+create constraint trigger tend_at_commit after insert on pgqueue.leases
+deferrable initially deferred
+for each row when (new.tend) execute function pgqueue.tend_at_commit();
 
 -- Whether a delivery refers to a message of the leaf. One statement, so that a
 -- delivery that moves between the tables meanwhile is seen in one of them.
@@ -84,9 +104,12 @@ begin
       ) d
     )
   ) or exists (
-    select from pgqueue.leases e, unnest(e.message_ids) i where ((i >> 16) & 3) = leaf
+    select from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id),
+      unnest(e.message_ids) i
+    where ((i >> 16) & 3) = leaf
   ) or exists (
-    select from pgqueue.retries r where ((r.message_id >> 16) & 3) = leaf
+    select from pgqueue.retries r join pgqueue.subscriptions s using (subscription_id)
+    where ((r.message_id >> 16) & 3) = leaf
   );
 end $$;
 
@@ -128,6 +151,7 @@ returns table (task text, subject text, amount bigint)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

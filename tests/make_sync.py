@@ -15,13 +15,15 @@ from pathlib import Path
 import unasync  # type: ignore[import-untyped]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pgqueue_sql"
-GENERATED = ("message.py", "source.py", "consumer.py", "subscription.py", "queue.py")
+GENERATED = ("message.py", "session.py", "source.py", "consumer.py", "subscription.py", "queue.py")
 RENAMED = {
     "AsyncConnection": "Connection",
     "AsyncConsumer": "Consumer",
+    "AsyncCursor": "Cursor",
     "AsyncMessage": "Message",
     "AsyncQueue": "Queue",
     "AsyncSQLSource": "SQLSource",
+    "AsyncSession": "Session",
     "AsyncSettler": "Settler",
     "AsyncSource": "Source",
     "AsyncSubscription": "Subscription",

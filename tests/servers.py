@@ -18,7 +18,7 @@ from pgqueue_sql.private_server import Installation, PrivateServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What is lost with a machine's power is not tested: only processes are killed.
-SETTINGS = {"fsync": "off", "synchronous_commit": "on"}
+SETTINGS = {"fsync": "off", "synchronous_commit": "on", "max_prepared_transactions": "10"}
 
 # A database per test is many small files: three times as fast in memory.
 MEMORY = Path("/dev/shm")

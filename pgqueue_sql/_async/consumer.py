@@ -10,13 +10,13 @@ from typing import Any, Generic, TypeVar
 
 from .._ack import Ack
 from .._unwrap import unwrap
-from ..errors import LeaseLost, NotHeld, Requeued
+from ..errors import LeaseLost, NotHeld, Requeued, UnwrapError, describe
 from .message import AsyncMessage
-from .runtime import HandlerCall, HandlerResult, Heartbeat, Slots
+from .runtime import HandlerCall, HandlerResult, Heartbeat, Shield, Slots
 from .source import AsyncSource
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup
 
 logger = logging.getLogger("pgqueue_sql")
 
@@ -57,9 +57,10 @@ class AsyncConsumer(Generic[T]):
         self._heartbeat = Heartbeat(source.lease / 3, self._extend_leases)
         self._calls: dict[int, HandlerCall] = {}
         self._stopping = False
-        self._errors: list[Exception] = []
-        self._at_hand: list[Messages] = []
+        self._errors: list[BaseException] = []
+        self._at_hand: dict[int, Messages] = {}
         self._to_ack: Messages = []
+        self.shield = Shield(self.stop)
 
     def stop(self) -> None:
         """Let `run` return once the delivery at hand is settled. From any thread."""
@@ -69,38 +70,55 @@ class AsyncConsumer(Generic[T]):
     async def run(self) -> None:
         """Consume until stopped, or until something fails."""
         try:
-            await self._source.subscribe()
-            await self._source.listen()
-            self._heartbeat.start()
-            while not self._stopping:
-                await self._slots.wait_for_one()
-                if not self._stopping:
-                    await self._fetch_and_handle()
+            try:
+                await self._consume()
+            except Exception as error:
+                self._fail(error)
             await self._slots.join()
-            await self._ack_handled()
-        except Exception as error:
-            self._errors.append(error)
-            self._stopping = True
-            await self._slots.join()
+            await self.shield.run(self._give_back_rest)
         except BaseException:
-            await self._cancel()
+            # cancelled: at once, so not waiting for handlers that cannot be
+            self.stop()
+            await self._slots.cancel()
+            await self._give_back_rest()
             raise
         finally:
             await self._heartbeat.stop()
             await self._source.close()
         if len(self._errors) > 1:
-            raise ExceptionGroup("several errors stopped consuming", self._errors)
+            raise BaseExceptionGroup("several errors stopped consuming", self._errors)
         if self._errors:
             raise self._errors[0]
 
-    async def _fetch_and_handle(self) -> None:
-        acked, self._to_ack = self._to_ack, []
-        messages = list(await self._source.fetch_pending(self._batch or self._prefetch, acked))
+    async def _consume(self) -> None:
+        await self._source.subscribe()
+        await self._source.listen()
+        self._heartbeat.start()
+        while not self._stopping:
+            await self._slots.wait_for_one()
+            if self._stopping:
+                break
+            messages = await self.shield.run(self._fetch)
+            if messages:
+                await self._slots.run(self._handle_receipt, messages)
+            elif not self._stopping:
+                await self.shield.run(self._source.wait)
+        await self._slots.join()
+        await self.shield.run(self._ack_handled)
+
+    async def _fetch(self) -> Messages:
+        messages = list(
+            await self._source.fetch_pending(self._batch or self._prefetch, self._to_ack)
+        )
+        self._to_ack = []
         if messages:
-            self._at_hand.append(messages)
-            await self._slots.run(self._handle_receipt, messages)
-        elif not self._stopping:
-            await self._source.wait()
+            self._at_hand[messages[0].receipt] = messages
+        return messages
+
+    async def _ack_handled(self) -> None:
+        if self._to_ack:
+            acked, self._to_ack = self._to_ack, []
+            await self._source.ack(acked)
 
     async def _handle_receipt(self, messages: Messages) -> None:
         """Handle the messages of one receipt, in order. Records errors instead of raising them."""
@@ -108,34 +126,44 @@ class AsyncConsumer(Generic[T]):
         try:
             for start in range(0, len(messages), size):
                 if self._stopping or not await self._deliver(messages[start : start + size]):
-                    await self._release(messages)
+                    await self.shield.run(self._release, messages)
                     break
+            del self._at_hand[messages[0].receipt]
         except Exception as error:
             self._fail(error)
-        self._at_hand.remove(messages)
+        except BaseException as error:
+            if self._concurrency == 1 or self._slots.cancelled:
+                raise
+            self._fail(error)
         if self._concurrency > 1:
             self._source.wake()
 
     async def _deliver(self, messages: Messages) -> bool:
-        """Hand messages to the handler and settle them; False if they went back."""
+        """Hand messages to the handler and settle them; False if some of them were not acked."""
+        for message in messages:
+            try:
+                message.payload = unwrap(message.payload, self._into)
+            except UnwrapError as error:
+                await self.shield.run(self._requeue, [message], error)
+                return False
+        if self._stopping:
+            return False
         try:
             answer = await self._call_handler(messages)
         except LeaseLost:
             raise  # nothing is left to settle
         except Exception as error:
-            await self._requeue(messages, error)
+            await self.shield.run(self._requeue, messages, error)
             return False
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
-            await self._requeue(messages, None)
+            await self.shield.run(self._requeue, messages, None)
             return False
-        await self._ack(unsettled(messages))
+        await self.shield.run(self._ack, unsettled(messages))
         return True
 
     async def _call_handler(self, messages: Messages) -> Ack | None:
-        unwrapped = [unwrap(message.payload, self._into) for message in messages]
-        for message, payload in zip(messages, unwrapped, strict=True):
-            message.payload = payload
-        call = self._calls[messages[0].receipt] = HandlerCall()
+        receipt = messages[0].receipt
+        call = self._calls[receipt] = HandlerCall()
         try:
             answer = await call.result(
                 self._handler(messages[0] if self._batch is None else messages)
@@ -147,34 +175,16 @@ class AsyncConsumer(Generic[T]):
                 ) from error
             raise
         finally:
-            del self._calls[messages[0].receipt]
+            del self._calls[receipt]
         if answer is not None and not isinstance(answer, Ack):
             raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
         return answer
 
-    async def _extend_leases(self) -> None:
-        """Keep what is at hand, and tell the handler of what could not be kept."""
-        for messages in list(self._at_hand):
-            try:
-                await self._source.extend(messages)
-            except LeaseLost:
-                self._tell_lost(messages)
-            except Exception:
-                logger.exception("could not extend a lease; it may run out")
-
-    def _tell_lost(self, messages: Messages) -> None:
-        if messages not in self._at_hand or not unsettled(messages):
-            return  # settled while we asked
-        for message in messages:
-            message.lease_lost = True
-        call = self._calls.get(messages[0].receipt)
-        if call is not None:
-            call.interrupt()
-
     async def _ack(self, messages: Messages) -> None:
         if not messages:
             return
-        if self._concurrency == 1 and messages[-1] is self._at_hand[-1][-1] and not self._stopping:
+        last = self._at_hand[messages[0].receipt][-1]
+        if self._concurrency == 1 and messages[-1] is last and not self._stopping:
             # all that is left of the receipt: goes with the next fetch, to save a round trip
             self._to_ack = messages
         else:
@@ -182,34 +192,35 @@ class AsyncConsumer(Generic[T]):
         for message in messages:
             message.settled = True
 
-    async def _requeue(self, messages: Messages, handler_error: Exception | None) -> None:
-        reason = None if handler_error is None else describe(handler_error)
+    async def _requeue(self, messages: Messages, error: Exception | None) -> None:
+        """Give messages back, and report the exception, or stop at it."""
         try:
+            reason = None if error is None else describe(error)
             back = unsettled(messages)
             if back:
                 await self._source.requeue(back, error=reason)
-            for message in messages if handler_error is not None else ():
+            for message in messages:
                 if message.acked_elsewhere:
-                    # the transaction that acked it was committed, or went with the exception
+                    # the transaction that acked it was committed, or rolled back
                     with suppress(LeaseLost, NotHeld):
                         await self._source.requeue([message], error=reason)
         except Exception:
-            if handler_error is not None:
-                self._errors.append(handler_error)
+            if error is not None:
+                self._errors.append(error)
             raise
         for message in messages:
             message.settled = True
         if self._stop_on_requeue:
-            self._fail(handler_error or Requeued(messages))
-        elif handler_error is not None:
-            self._report(handler_error, messages)
+            self._fail(error or Requeued(messages))
+        elif error is not None:
+            self._report(error, messages)
 
     def _report(self, error: Exception, messages: Messages) -> None:
         if self._on_error is not None:
             self._on_error(error, messages)
         else:
             logger.error(
-                "the handler failed; requeued message %s of topic %s",
+                "the handler failed with message %s of topic %s",
                 ", ".join(str(message.message_id) for message in messages),
                 messages[0].topic,
                 exc_info=error,
@@ -222,36 +233,46 @@ class AsyncConsumer(Generic[T]):
         for message in back:
             message.settled = True
 
-    async def _ack_handled(self) -> None:
-        if self._to_ack:
-            acked, self._to_ack = self._to_ack, []
-            await self._source.ack(acked)
-
-    async def _cancel(self) -> None:
-        """Give back at once what is at hand. What was handled is acked."""
-        self._stopping = True
-        at_hand = list(self._at_hand)
-        await self._slots.cancel()
+    async def _give_back_rest(self) -> None:
+        """Release what is still at hand when consuming ends, and ack what was handled."""
         try:
-            await self._ack_handled()
-            for messages in at_hand:
-                # a thread, or the call that was cut off, may have settled them
-                with suppress(LeaseLost, NotHeld):
+            # lost: what was cut off may have settled them
+            with suppress(LeaseLost, NotHeld):
+                await self._ack_handled()
+            for messages in list(self._at_hand.values()):
+                try:
                     await self._release(messages)
+                except (LeaseLost, NotHeld):
+                    for message in messages:
+                        with suppress(LeaseLost, NotHeld):
+                            await self._release([message])
         except Exception:
-            logger.exception("could not give back what was at hand; its lease will run out")
+            logger.exception("could not give back what was at hand; it comes when the lease ends")
 
-    def _fail(self, error: Exception) -> None:
+    async def _extend_leases(self) -> None:
+        """Keep what is at hand, and tell the handler of what could not be kept."""
+        for messages in list(self._at_hand.values()):
+            try:
+                await self._source.extend(messages)
+            except LeaseLost:
+                self._tell_lost(messages)
+            except Exception:
+                logger.exception("could not extend a lease; it may run out")
+
+    def _tell_lost(self, messages: Messages) -> None:
+        if messages[0].receipt not in self._at_hand or not unsettled(messages):
+            return  # settled while we asked
+        for message in messages:
+            message.lease_lost = True
+        call = self._calls.get(messages[0].receipt)
+        if call is not None:
+            call.interrupt()
+
+    def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
-        self._stopping = True
-        self._source.wake()
+        self.stop()
 
 
 def unsettled(messages: Messages) -> Messages:
     """Those that neither the handler nor the consumer has settled."""
     return [message for message in messages if not message.settled]
-
-
-def describe(error: Exception) -> str:
-    """An exception in a line, for the history of failures."""
-    return f"{type(error).__name__}: {error}"

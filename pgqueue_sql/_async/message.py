@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, AsyncCursor
 
+from .._sql import call
 from .._unwrap import unwrap
 from ..errors import translated
 
@@ -56,6 +57,7 @@ class AsyncMessage(Generic[T]):
     deliveries: int
     receipt: int
     settler: AsyncSettler = field(repr=False, compare=False)
+    session: int = field(default=0, repr=False, compare=False)
     lease_lost: bool = field(default=False, init=False, compare=False)
     settled: bool = field(default=False, init=False, repr=False, compare=False)
     requeued: bool = field(default=False, init=False, repr=False, compare=False)
@@ -76,9 +78,7 @@ class AsyncMessage(Generic[T]):
             await self.settler.ack([self])
         else:
             with translated():
-                await connection.execute(
-                    "select pgqueue.ack(%s, %s)", (self.receipt, [self.message_id])
-                )
+                await AsyncCursor(connection).execute(*call("ack", self.receipt, [self.message_id]))
             self.acked_elsewhere = True
         self.settled = True
 

@@ -7,8 +7,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from psycopg import AsyncConnection
-from psycopg.conninfo import make_conninfo
+from psycopg import AsyncConnection, AsyncCursor
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
@@ -17,7 +17,8 @@ from ..errors import translated
 from .subscription import AsyncSubscription
 
 # A consumer's connection may be idle for long: let TCP notice when the server has gone.
-KEEPALIVE: dict[str, Any] = {
+CONNECTION: dict[str, Any] = {
+    "connect_timeout": 10,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
@@ -175,10 +176,10 @@ class AsyncQueue:
     def subscription(self, name: str) -> AsyncSubscription:
         """A subscription that exists, to consume from."""
         info = self.connection.info
-        conninfo = make_conninfo(info.dsn, password=info.password or None)
+        parameters = CONNECTION | conninfo_to_dict(info.dsn, password=info.password or None)
 
         async def connect() -> AsyncConnection[Any]:
-            return await AsyncConnection.connect(conninfo, **KEEPALIVE)
+            return await AsyncConnection.connect(**parameters)
 
         return AsyncSubscription(name, connect)
 
@@ -244,7 +245,7 @@ class AsyncQueue:
         return rows[0][0]
 
     async def _call(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        async with self.connection.cursor(row_factory=tuple_row) as cursor:
+        async with AsyncCursor(self.connection, row_factory=tuple_row) as cursor:
             with translated():
                 await cursor.execute(query, parameters)
                 return await cursor.fetchall()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from .._ack import Ack
 
@@ -16,12 +17,14 @@ __all__ = [
     "HandlerResult",
     "Heartbeat",
     "Lock",
+    "Shield",
     "Slots",
     "Waker",
     "stop_on_signals",
 ]
 
 HandlerResult: TypeAlias = Awaitable[Ack | None]
+T = TypeVar("T")
 
 
 class Waker:
@@ -42,19 +45,41 @@ class Waker:
 
     async def wait(self, seconds: float, fileno: int | None = None) -> None:
         """Sleep, and forget the wake-up that ended it."""
-        if fileno is not None:
-            self._loop.add_reader(fileno, self._woken.set)
+        # A loop has one reader per descriptor, and psycopg sets and removes its own.
+        reader = None if fileno is None else os.dup(fileno)
+        if reader is not None:
+            self._loop.add_reader(reader, self._woken.set)
         try:
             await asyncio.wait_for(self._woken.wait(), seconds)
         except asyncio.TimeoutError:
             pass
         finally:
-            if fileno is not None:
-                self._loop.remove_reader(fileno)
+            if reader is not None:
+                self._loop.remove_reader(reader)
+                os.close(reader)
         self._woken.clear()
 
     def close(self) -> None:
         """Nothing to free here."""
+
+
+class Shield:
+    """Runs what must not be cut off in the middle: a cancellation calls `hurry`, and waits."""
+
+    def __init__(self, hurry: Callable[[], None]) -> None:
+        self._hurry = hurry
+
+    async def run(self, work: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        """Run work(*arguments) and return its result."""
+        task = asyncio.ensure_future(work(*arguments))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._hurry()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # it counts as seen: the cancellation goes first
+            raise
 
 
 class HandlerCall:
@@ -106,14 +131,10 @@ class Slots:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def busy(self) -> int:
-        """How many run now."""
-        return len(self._tasks)
+        self.cancelled = False
 
     async def run(self, work: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> None:
-        """Run work(argument). It must not raise, but for being cancelled."""
+        """Run work(argument). Where it does not run in place it must not raise."""
         if self._limit == 1:
             await work(argument)
             return
@@ -133,36 +154,58 @@ class Slots:
 
     async def cancel(self) -> None:
         """End at once what runs."""
+        self.cancelled = True
         for task in self._tasks:
             task.cancel()
         await self.join()
 
 
+class _Consuming:
+    """Somebody whom the signals concern."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self._task = asyncio.current_task()
+        self._stopping = False
+
+    def on_signal(self) -> None:
+        if self._stopping and self._task is not None:
+            self._task.cancel()
+        self._stopping = True
+        self._stop()
+
+
+_consuming: list[_Consuming] = []
+_replaced: dict[signal.Signals, Any] = {}
+
+
 @contextmanager
-def stop_on_signals(enabled: bool, stop: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(enabled: bool, stop: Callable[[], None], shield: Shield) -> Iterator[None]:
     """Call `stop` at the first SIGINT or SIGTERM; at a second one, cancel the task."""
     loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    stopping = False
+    one = _Consuming(stop)
 
     def on_signal() -> None:
-        nonlocal stopping
-        if stopping and task is not None:
-            task.cancel()
-        stopping = True
-        stop()
+        for each in list(_consuming):
+            each.on_signal()
 
-    replaced: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM) if enabled else ():
-        previous = signal.getsignal(number)
-        try:
-            loop.add_signal_handler(number, on_signal)
-        except (NotImplementedError, RuntimeError, ValueError):
-            break  # not the main thread, or Windows
-        replaced[number] = previous
+    if enabled and not _consuming:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.getsignal(number)
+            try:
+                loop.add_signal_handler(number, on_signal)
+            except (NotImplementedError, RuntimeError, ValueError):
+                break  # not the main thread, or Windows
+            _replaced[number] = previous
+    if enabled and _replaced:
+        _consuming.append(one)
     try:
         yield
     finally:
-        for number, previous in replaced.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, previous)
+        if one in _consuming:
+            _consuming.remove(one)
+            if not _consuming:
+                for number, previous in _replaced.items():
+                    loop.remove_signal_handler(number)
+                    signal.signal(number, previous or signal.SIG_DFL)
+                _replaced.clear()

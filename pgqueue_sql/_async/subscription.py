@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from math import inf
 from typing import Any, TypeVar, overload
 
 from .consumer import AsyncConsumer, OnError
 from .message import AsyncMessage
 from .runtime import HandlerResult, stop_on_signals
-from .source import AsyncSource, AsyncSQLSource, Connect
+from .session import Connect
+from .source import AsyncSource, AsyncSQLSource
 
 T = TypeVar("T")
 
@@ -23,6 +26,7 @@ class AsyncSubscription:
         self._connect = connect
         self._source = source
         self._running: list[AsyncConsumer[Any]] = []
+        self._starting = threading.RLock()  # a signal handler may stop while it is held
         self._stop_next = False
 
     @classmethod
@@ -110,8 +114,8 @@ class AsyncSubscription:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         for name, duration in (("lease", lease), ("poll", poll)):
-            if not duration > 0:
-                raise ValueError(f"{name} is {duration} seconds; it must be above 0")
+            if not 0 < duration < inf:
+                raise ValueError(f"{name} is {duration} seconds; it must be above 0, and finite")
         source = self._source
         if source is None:
             assert self._connect is not None
@@ -126,12 +130,13 @@ class AsyncSubscription:
             stop_on_requeue=stop_on_requeue,
             on_error=on_error,
         )
-        self._running.append(consumer)
+        with self._starting:
+            self._running.append(consumer)
+            if self._stop_next:
+                self._stop_next = False
+                consumer.stop()
         try:
-            with stop_on_signals(handle_signals, consumer.stop):
-                if self._stop_next:
-                    self._stop_next = False
-                    consumer.stop()
+            with stop_on_signals(handle_signals, consumer.stop, consumer.shield):
                 await consumer.run()
         finally:
             self._running.remove(consumer)
@@ -142,7 +147,8 @@ class AsyncSubscription:
         No handler is called after that. If none is consuming, the next `consume` returns at once.
         From any thread, and from within a handler.
         """
-        if not self._running:
-            self._stop_next = True
-        for consumer in list(self._running):
+        with self._starting:
+            running = list(self._running)
+            self._stop_next = not running
+        for consumer in running:
             consumer.stop()

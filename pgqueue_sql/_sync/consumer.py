@@ -11,13 +11,13 @@ from typing import Any, Generic, TypeVar
 
 from .._ack import Ack
 from .._unwrap import unwrap
-from ..errors import LeaseLost, NotHeld, Requeued
+from ..errors import LeaseLost, NotHeld, Requeued, UnwrapError, describe
 from .message import Message
-from .runtime import HandlerCall, HandlerResult, Heartbeat, Slots
+from .runtime import HandlerCall, HandlerResult, Heartbeat, Shield, Slots
 from .source import Source
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup
 
 logger = logging.getLogger("pgqueue_sql")
 
@@ -58,9 +58,10 @@ class Consumer(Generic[T]):
         self._heartbeat = Heartbeat(source.lease / 3, self._extend_leases)
         self._calls: dict[int, HandlerCall] = {}
         self._stopping = False
-        self._errors: list[Exception] = []
-        self._at_hand: list[Messages] = []
+        self._errors: list[BaseException] = []
+        self._at_hand: dict[int, Messages] = {}
         self._to_ack: Messages = []
+        self.shield = Shield(self.stop)
 
     def stop(self) -> None:
         """Let `run` return once the delivery at hand is settled. From any thread."""
@@ -70,38 +71,53 @@ class Consumer(Generic[T]):
     def run(self) -> None:
         """Consume until stopped, or until something fails."""
         try:
-            self._source.subscribe()
-            self._source.listen()
-            self._heartbeat.start()
-            while not self._stopping:
-                self._slots.wait_for_one()
-                if not self._stopping:
-                    self._fetch_and_handle()
+            try:
+                self._consume()
+            except Exception as error:
+                self._fail(error)
             self._slots.join()
-            self._ack_handled()
-        except Exception as error:
-            self._errors.append(error)
-            self._stopping = True
-            self._slots.join()
+            self.shield.run(self._give_back_rest)
         except BaseException:
-            self._cancel()
+            # cancelled: at once, so not waiting for handlers that cannot be
+            self.stop()
+            self._slots.cancel()
+            self._give_back_rest()
             raise
         finally:
             self._heartbeat.stop()
             self._source.close()
         if len(self._errors) > 1:
-            raise ExceptionGroup("several errors stopped consuming", self._errors)
+            raise BaseExceptionGroup("several errors stopped consuming", self._errors)
         if self._errors:
             raise self._errors[0]
 
-    def _fetch_and_handle(self) -> None:
-        acked, self._to_ack = self._to_ack, []
-        messages = list(self._source.fetch_pending(self._batch or self._prefetch, acked))
+    def _consume(self) -> None:
+        self._source.subscribe()
+        self._source.listen()
+        self._heartbeat.start()
+        while not self._stopping:
+            self._slots.wait_for_one()
+            if self._stopping:
+                break
+            messages = self.shield.run(self._fetch)
+            if messages:
+                self._slots.run(self._handle_receipt, messages)
+            elif not self._stopping:
+                self.shield.run(self._source.wait)
+        self._slots.join()
+        self.shield.run(self._ack_handled)
+
+    def _fetch(self) -> Messages:
+        messages = list(self._source.fetch_pending(self._batch or self._prefetch, self._to_ack))
+        self._to_ack = []
         if messages:
-            self._at_hand.append(messages)
-            self._slots.run(self._handle_receipt, messages)
-        elif not self._stopping:
-            self._source.wait()
+            self._at_hand[messages[0].receipt] = messages
+        return messages
+
+    def _ack_handled(self) -> None:
+        if self._to_ack:
+            acked, self._to_ack = self._to_ack, []
+            self._source.ack(acked)
 
     def _handle_receipt(self, messages: Messages) -> None:
         """Handle the messages of one receipt, in order. Records errors instead of raising them."""
@@ -109,34 +125,44 @@ class Consumer(Generic[T]):
         try:
             for start in range(0, len(messages), size):
                 if self._stopping or not self._deliver(messages[start : start + size]):
-                    self._release(messages)
+                    self.shield.run(self._release, messages)
                     break
+            del self._at_hand[messages[0].receipt]
         except Exception as error:
             self._fail(error)
-        self._at_hand.remove(messages)
+        except BaseException as error:
+            if self._concurrency == 1 or self._slots.cancelled:
+                raise
+            self._fail(error)
         if self._concurrency > 1:
             self._source.wake()
 
     def _deliver(self, messages: Messages) -> bool:
-        """Hand messages to the handler and settle them; False if they went back."""
+        """Hand messages to the handler and settle them; False if some of them were not acked."""
+        for message in messages:
+            try:
+                message.payload = unwrap(message.payload, self._into)
+            except UnwrapError as error:
+                self.shield.run(self._requeue, [message], error)
+                return False
+        if self._stopping:
+            return False
         try:
             answer = self._call_handler(messages)
         except LeaseLost:
             raise  # nothing is left to settle
         except Exception as error:
-            self._requeue(messages, error)
+            self.shield.run(self._requeue, messages, error)
             return False
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
-            self._requeue(messages, None)
+            self.shield.run(self._requeue, messages, None)
             return False
-        self._ack(unsettled(messages))
+        self.shield.run(self._ack, unsettled(messages))
         return True
 
     def _call_handler(self, messages: Messages) -> Ack | None:
-        unwrapped = [unwrap(message.payload, self._into) for message in messages]
-        for message, payload in zip(messages, unwrapped, strict=True):
-            message.payload = payload
-        call = self._calls[messages[0].receipt] = HandlerCall()
+        receipt = messages[0].receipt
+        call = self._calls[receipt] = HandlerCall()
         try:
             answer = call.result(self._handler(messages[0] if self._batch is None else messages))
         except BaseException as error:
@@ -146,34 +172,16 @@ class Consumer(Generic[T]):
                 ) from error
             raise
         finally:
-            del self._calls[messages[0].receipt]
+            del self._calls[receipt]
         if answer is not None and not isinstance(answer, Ack):
             raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
         return answer
 
-    def _extend_leases(self) -> None:
-        """Keep what is at hand, and tell the handler of what could not be kept."""
-        for messages in list(self._at_hand):
-            try:
-                self._source.extend(messages)
-            except LeaseLost:
-                self._tell_lost(messages)
-            except Exception:
-                logger.exception("could not extend a lease; it may run out")
-
-    def _tell_lost(self, messages: Messages) -> None:
-        if messages not in self._at_hand or not unsettled(messages):
-            return  # settled while we asked
-        for message in messages:
-            message.lease_lost = True
-        call = self._calls.get(messages[0].receipt)
-        if call is not None:
-            call.interrupt()
-
     def _ack(self, messages: Messages) -> None:
         if not messages:
             return
-        if self._concurrency == 1 and messages[-1] is self._at_hand[-1][-1] and not self._stopping:
+        last = self._at_hand[messages[0].receipt][-1]
+        if self._concurrency == 1 and messages[-1] is last and not self._stopping:
             # all that is left of the receipt: goes with the next fetch, to save a round trip
             self._to_ack = messages
         else:
@@ -181,34 +189,35 @@ class Consumer(Generic[T]):
         for message in messages:
             message.settled = True
 
-    def _requeue(self, messages: Messages, handler_error: Exception | None) -> None:
-        reason = None if handler_error is None else describe(handler_error)
+    def _requeue(self, messages: Messages, error: Exception | None) -> None:
+        """Give messages back, and report the exception, or stop at it."""
         try:
+            reason = None if error is None else describe(error)
             back = unsettled(messages)
             if back:
                 self._source.requeue(back, error=reason)
-            for message in messages if handler_error is not None else ():
+            for message in messages:
                 if message.acked_elsewhere:
-                    # the transaction that acked it was committed, or went with the exception
+                    # the transaction that acked it was committed, or rolled back
                     with suppress(LeaseLost, NotHeld):
                         self._source.requeue([message], error=reason)
         except Exception:
-            if handler_error is not None:
-                self._errors.append(handler_error)
+            if error is not None:
+                self._errors.append(error)
             raise
         for message in messages:
             message.settled = True
         if self._stop_on_requeue:
-            self._fail(handler_error or Requeued(messages))
-        elif handler_error is not None:
-            self._report(handler_error, messages)
+            self._fail(error or Requeued(messages))
+        elif error is not None:
+            self._report(error, messages)
 
     def _report(self, error: Exception, messages: Messages) -> None:
         if self._on_error is not None:
             self._on_error(error, messages)
         else:
             logger.error(
-                "the handler failed; requeued message %s of topic %s",
+                "the handler failed with message %s of topic %s",
                 ", ".join(str(message.message_id) for message in messages),
                 messages[0].topic,
                 exc_info=error,
@@ -221,36 +230,46 @@ class Consumer(Generic[T]):
         for message in back:
             message.settled = True
 
-    def _ack_handled(self) -> None:
-        if self._to_ack:
-            acked, self._to_ack = self._to_ack, []
-            self._source.ack(acked)
-
-    def _cancel(self) -> None:
-        """Give back at once what is at hand. What was handled is acked."""
-        self._stopping = True
-        at_hand = list(self._at_hand)
-        self._slots.cancel()
+    def _give_back_rest(self) -> None:
+        """Release what is still at hand when consuming ends, and ack what was handled."""
         try:
-            self._ack_handled()
-            for messages in at_hand:
-                # a thread, or the call that was cut off, may have settled them
-                with suppress(LeaseLost, NotHeld):
+            # lost: what was cut off may have settled them
+            with suppress(LeaseLost, NotHeld):
+                self._ack_handled()
+            for messages in list(self._at_hand.values()):
+                try:
                     self._release(messages)
+                except (LeaseLost, NotHeld):
+                    for message in messages:
+                        with suppress(LeaseLost, NotHeld):
+                            self._release([message])
         except Exception:
-            logger.exception("could not give back what was at hand; its lease will run out")
+            logger.exception("could not give back what was at hand; it comes when the lease ends")
 
-    def _fail(self, error: Exception) -> None:
+    def _extend_leases(self) -> None:
+        """Keep what is at hand, and tell the handler of what could not be kept."""
+        for messages in list(self._at_hand.values()):
+            try:
+                self._source.extend(messages)
+            except LeaseLost:
+                self._tell_lost(messages)
+            except Exception:
+                logger.exception("could not extend a lease; it may run out")
+
+    def _tell_lost(self, messages: Messages) -> None:
+        if messages[0].receipt not in self._at_hand or not unsettled(messages):
+            return  # settled while we asked
+        for message in messages:
+            message.lease_lost = True
+        call = self._calls.get(messages[0].receipt)
+        if call is not None:
+            call.interrupt()
+
+    def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
-        self._stopping = True
-        self._source.wake()
+        self.stop()
 
 
 def unsettled(messages: Messages) -> Messages:
     """Those that neither the handler nor the consumer has settled."""
     return [message for message in messages if not message.settled]
-
-
-def describe(error: Exception) -> str:
-    """An exception in a line, for the history of failures."""
-    return f"{type(error).__name__}: {error}"

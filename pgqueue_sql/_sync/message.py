@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from psycopg import Connection
+from psycopg import Connection, Cursor
 
+from .._sql import call
 from .._unwrap import unwrap
 from ..errors import translated
 
@@ -57,6 +58,7 @@ class Message(Generic[T]):
     deliveries: int
     receipt: int
     settler: Settler = field(repr=False, compare=False)
+    session: int = field(default=0, repr=False, compare=False)
     lease_lost: bool = field(default=False, init=False, compare=False)
     settled: bool = field(default=False, init=False, repr=False, compare=False)
     requeued: bool = field(default=False, init=False, repr=False, compare=False)
@@ -77,7 +79,7 @@ class Message(Generic[T]):
             self.settler.ack([self])
         else:
             with translated():
-                connection.execute("select pgqueue.ack(%s, %s)", (self.receipt, [self.message_id]))
+                Cursor(connection).execute(*call("ack", self.receipt, [self.message_id]))
             self.acked_elsewhere = True
         self.settled = True
 

@@ -8,8 +8,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from psycopg import Connection
-from psycopg.conninfo import make_conninfo
+from psycopg import Connection, Cursor
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
@@ -18,7 +18,8 @@ from ..errors import translated
 from .subscription import Subscription
 
 # A consumer's connection may be idle for long: let TCP notice when the server has gone.
-KEEPALIVE: dict[str, Any] = {
+CONNECTION: dict[str, Any] = {
+    "connect_timeout": 10,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
@@ -176,10 +177,10 @@ class Queue:
     def subscription(self, name: str) -> Subscription:
         """A subscription that exists, to consume from."""
         info = self.connection.info
-        conninfo = make_conninfo(info.dsn, password=info.password or None)
+        parameters = CONNECTION | conninfo_to_dict(info.dsn, password=info.password or None)
 
         def connect() -> Connection[Any]:
-            return Connection.connect(conninfo, **KEEPALIVE)
+            return Connection.connect(**parameters)
 
         return Subscription(name, connect)
 
@@ -245,6 +246,6 @@ class Queue:
         return rows[0][0]
 
     def _call(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with self.connection.cursor(row_factory=tuple_row) as cursor, translated():
+        with Cursor(self.connection, row_factory=tuple_row) as cursor, translated():
             cursor.execute(query, parameters)
             return cursor.fetchall()

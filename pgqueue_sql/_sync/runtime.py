@@ -7,11 +7,10 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from threading import Lock
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from .._ack import Ack
 
@@ -20,12 +19,14 @@ __all__ = [
     "HandlerResult",
     "Heartbeat",
     "Lock",
+    "Shield",
     "Slots",
     "Waker",
     "stop_on_signals",
 ]
 
 HandlerResult: TypeAlias = Ack | None
+T = TypeVar("T")
 
 
 class Waker:
@@ -60,6 +61,35 @@ class Waker:
         """Free the sockets."""
         self._receiver.close()
         self._sender.close()
+
+
+class Shield:
+    """Runs what must not be cut off in the middle: the second signal calls `hurry`, and waits."""
+
+    def __init__(self, hurry: Callable[[], None]) -> None:
+        self._hurry = hurry
+        self._busy = False
+        self._interrupted = False
+
+    def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run work(*arguments) and return its result."""
+        if self._busy or threading.current_thread() is not threading.main_thread():
+            return work(*arguments)
+        self._busy = True
+        try:
+            return work(*arguments)
+        finally:
+            self._busy = False
+            if self._interrupted:
+                self._interrupted = False
+                raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt, once the main thread is through with what it must finish."""
+        if not self._busy:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        self._hurry()
 
 
 class HandlerCall:
@@ -100,66 +130,77 @@ class Heartbeat:
 
 
 class Slots:
-    """Runs up to `limit` calls side by side in threads; with a limit of 1, in place."""
+    """Runs up to `limit` calls side by side in threads; with a limit of 1, in place.
+
+    The threads are daemons: after a second signal the process need not wait for a handler.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._futures: set[Future[None]] = set()
-        self._executor = (
-            ThreadPoolExecutor(limit, thread_name_prefix="pgqueue") if limit > 1 else None
-        )
-
-    @property
-    def busy(self) -> int:
-        """How many run now."""
-        return sum(not future.done() for future in self._futures)
+        self._running = 0
+        self._changed = threading.Condition()
+        self.cancelled = False
 
     def run(self, work: Callable[[Any], None], argument: Any) -> None:
-        """Run work(argument). It must not raise."""
-        if self._executor is None:
+        """Run work(argument). Where it does not run in place it must not raise."""
+        if self._limit == 1:
             work(argument)
             return
-        self._futures = {future for future in self._futures if not future.done()}
-        self._futures.add(self._executor.submit(work, argument))
+
+        def run() -> None:
+            try:
+                work(argument)
+            finally:
+                with self._changed:
+                    self._running -= 1
+                    self._changed.notify_all()
+
+        with self._changed:
+            self._running += 1
+        threading.Thread(target=run, name="pgqueue handler", daemon=True).start()
 
     def wait_for_one(self) -> None:
         """Wait until fewer than `limit` run."""
-        while self.busy >= self._limit:
-            wait(self._futures, return_when=FIRST_COMPLETED)
-            self._futures = {future for future in self._futures if not future.done()}
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < self._limit)
 
     def join(self) -> None:
         """Wait until none runs."""
-        if self._executor is not None:
-            wait(self._futures)
-            self._executor.shutdown()
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0)
 
     def cancel(self) -> None:
         """Wait for nothing: a thread cannot be ended from outside."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        self.cancelled = True
+
+
+class _Consuming:
+    """Somebody whom the signals concern."""
+
+    def __init__(self, stop: Callable[[], None], shield: Shield) -> None:
+        self._stop = stop
+        self._shield = shield
+        self._stopping = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            self._shield.interrupt()
+        self._stopping = True
+        self._stop()
 
 
 @contextmanager
-def stop_on_signals(enabled: bool, stop: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(enabled: bool, stop: Callable[[], None], shield: Shield) -> Iterator[None]:
     """Call `stop` at the first SIGINT or SIGTERM; at a second one, raise KeyboardInterrupt."""
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopping = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            raise KeyboardInterrupt
-        stopping = True
-        stop()
-
+    one = _Consuming(stop, shield)
     replaced = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, one.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
         for number, previous in replaced.items():
-            signal.signal(number, previous)
+            signal.signal(number, previous or signal.SIG_DFL)

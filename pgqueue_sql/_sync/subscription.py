@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from math import inf
 from typing import Any, TypeVar, overload
 
 from .consumer import Consumer, OnError
 from .message import Message
 from .runtime import HandlerResult, stop_on_signals
-from .source import Connect, Source, SQLSource
+from .session import Connect
+from .source import Source, SQLSource
 
 T = TypeVar("T")
 
@@ -22,6 +25,7 @@ class Subscription:
         self._connect = connect
         self._source = source
         self._running: list[Consumer[Any]] = []
+        self._starting = threading.RLock()  # a signal handler may stop while it is held
         self._stop_next = False
 
     @classmethod
@@ -109,8 +113,8 @@ class Subscription:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         for name, duration in (("lease", lease), ("poll", poll)):
-            if not duration > 0:
-                raise ValueError(f"{name} is {duration} seconds; it must be above 0")
+            if not 0 < duration < inf:
+                raise ValueError(f"{name} is {duration} seconds; it must be above 0, and finite")
         source = self._source
         if source is None:
             assert self._connect is not None
@@ -125,12 +129,13 @@ class Subscription:
             stop_on_requeue=stop_on_requeue,
             on_error=on_error,
         )
-        self._running.append(consumer)
+        with self._starting:
+            self._running.append(consumer)
+            if self._stop_next:
+                self._stop_next = False
+                consumer.stop()
         try:
-            with stop_on_signals(handle_signals, consumer.stop):
-                if self._stop_next:
-                    self._stop_next = False
-                    consumer.stop()
+            with stop_on_signals(handle_signals, consumer.stop, consumer.shield):
                 consumer.run()
         finally:
             self._running.remove(consumer)
@@ -141,7 +146,8 @@ class Subscription:
         No handler is called after that. If none is consuming, the next `consume` returns at once.
         From any thread, and from within a handler.
         """
-        if not self._running:
-            self._stop_next = True
-        for consumer in list(self._running):
+        with self._starting:
+            running = list(self._running)
+            self._stop_next = not running
+        for consumer in running:
             consumer.stop()

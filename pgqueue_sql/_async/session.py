@@ -1,0 +1,154 @@
+"""A consumer's connection, made anew when it is lost."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg import AsyncConnection, sql
+
+from ..errors import LeaseLost, NotHeld, PgQueueError, translated
+from .runtime import Lock, Waker
+
+logger = logging.getLogger("pgqueue_sql")
+
+Connect: TypeAlias = Callable[[], Awaitable[AsyncConnection[Any]]]
+
+# How long to go on trying to get a lost connection back, and the longest pause between two tries.
+RECONNECT_SECONDS = 300.0
+RECONNECT_PAUSE_SECONDS = 5.0
+
+# An idle consumer is no idle session; receive needs READ COMMITTED; psycopg reads ISO dates. And
+# a lease that a handler acked in a transaction that it left open must not be waited for for ever.
+SETTINGS = """
+    set idle_session_timeout = 0;
+    set default_transaction_isolation = 'read committed';
+    set datestyle = 'ISO';
+    set lock_timeout = '5s'
+"""
+
+
+class AsyncSession:
+    """Executes a consumer's statements, and sleeps until a notification comes."""
+
+    def __init__(self, connect: Connect, subscription: str, waker: Waker, *, listen: bool) -> None:
+        self.number = 0
+        self.owner: int | None = None
+        self.stopped = False
+        self._connect = connect
+        self._subscription = subscription
+        self._waker = waker
+        self._listen = listen
+        self._connection: AsyncConnection[Any] | None = None
+        self._connecting = Lock()
+        self._closed = False
+
+    async def connected(self) -> AsyncConnection[Any]:
+        """The connection. Raises what goes wrong with the first, or for RECONNECT_SECONDS."""
+        async with self._connecting:
+            if self._closed:
+                raise PgQueueError(f"{self._subscription} is not consumed from any more")
+            if self._connection is None:
+                self._connection = await self._open()
+            elif self._connection.closed:
+                self._connection = await self._reopen()
+                self.number += 1
+            return self._connection
+
+    async def execute(
+        self, query: str, parameters: Sequence[Any], *, settles: int | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Execute a statement, again if the connection was lost meanwhile.
+
+        settles: the number of the connection that the messages to settle came by. Their lease ended
+        with it, or a call that settled them was committed when it broke: that there is no lease
+        any more is no error then.
+        """
+        losses = 0
+        while True:
+            connection = await self.connected()
+            try:
+                with translated():
+                    cursor = await connection.execute(query, parameters)
+                    return await cursor.fetchall()
+            except psycopg.OperationalError:
+                if not connection.closed or (self.stopped and losses):
+                    raise
+                logger.warning("lost the connection to %s", self._subscription, exc_info=True)
+                losses += 1
+                if losses > 1:
+                    await self._waker.wait(RECONNECT_PAUSE_SECONDS)
+            except (LeaseLost, NotHeld):
+                if settles is None or settles == self.number:
+                    raise
+                logger.warning(
+                    "after a lost connection: messages of %s were settled by the call that it"
+                    " broke, or have gone to another consumer",
+                    self._subscription,
+                )
+                return []
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep until a notification comes, at most so many seconds."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            return
+        # libpq may have read a notification together with the last result
+        if connection.pgconn.notifies() is None:
+            await self._waker.wait(seconds, connection.fileno())
+
+    async def close(self) -> None:
+        """Close the connection, for good."""
+        self._closed = True
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def _open(self) -> AsyncConnection[Any]:
+        connection = await self._connect()
+        try:
+            await connection.set_autocommit(True)
+            await connection.execute(SETTINGS)
+            connection.add_notify_handler(lambda notify: self._waker.wake())
+            with translated():
+                cursor = await connection.execute(
+                    "select pgqueue.channel(%s)", (self._subscription,)
+                )
+                row = await cursor.fetchone()
+            if self._listen and row is not None:
+                await connection.execute(sql.SQL("listen {}").format(sql.Identifier(row[0])))
+            await self._attach(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _attach(self, connection: AsyncConnection[Any]) -> None:
+        # a pooler tells clients a pid of its own making
+        cursor = await connection.execute(
+            "select pgqueue.attach() where pg_backend_pid() = %s", (connection.info.backend_pid,)
+        )
+        row = await cursor.fetchone()
+        if row is None and self._connection is None:
+            logger.warning(
+                "%s is consumed through a connection pooler: what a dead consumer held is delivered"
+                " again only when its lease ends",
+                self._subscription,
+            )
+        self.owner = None if row is None else row[0]
+
+    async def _reopen(self) -> AsyncConnection[Any]:
+        pause = waited = 0.0
+        while True:
+            try:
+                connection = await self._open()
+                logger.info("connected to %s again", self._subscription)
+                return connection
+            except psycopg.OperationalError:
+                if self.stopped or waited >= RECONNECT_SECONDS:
+                    raise
+            pause = min(max(pause * 2, 0.1), RECONNECT_PAUSE_SECONDS) * random.uniform(0.8, 1.2)
+            waited += pause
+            await self._waker.wait(pause)

@@ -1,0 +1,194 @@
+"""Every statement on the hot path goes by an index, whatever the statistics say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+
+from .helpers import Connection, column, fetch_pending, publish, receive, subscribe
+from .servers import Database
+
+ORDERINGS = {"ordered": "total", "unordered": "none"}
+GROWTH = 100_000
+# A few batches; far from all that a table holds after it has grown.
+FEW_ROWS = 500
+SCANS_OF_MEMORY = {"Function Scan", "Named Tuplestore Scan", "CTE Scan", "Values Scan"}
+# Marks the statements of the tests themselves.
+OURS = "/* not of pgqueue */ "
+
+
+@dataclass
+class Plans:
+    """The plans of all statements, also inside functions, that a connection executes."""
+
+    connection: Connection
+    _logged: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            self.connection.execute("load 'auto_explain'")
+        except psycopg.errors.UndefinedFile:
+            pytest.skip("this installation of PostgreSQL has no auto_explain")
+        settings = {
+            "auto_explain.log_nested_statements": "on",
+            "auto_explain.log_analyze": "on",
+            "auto_explain.log_timing": "off",
+            "auto_explain.log_format": "json",
+            "auto_explain.log_level": "notice",
+            "client_min_messages": "notice",
+        }
+        for name, value in settings.items():
+            self.connection.execute("select set_config(%s, %s, false)", [name, value])
+        self.connection.add_notice_handler(self._keep)
+
+    def _keep(self, notice: psycopg.errors.Diagnostic) -> None:
+        _, separator, plan = (notice.message_primary or "").partition("plan:\n")
+        if separator:
+            self._logged.append(json.loads(plan))
+
+    def of(self, action: Callable[[Connection], object]) -> list[dict[str, Any]]:
+        self._logged.clear()
+        self.connection.execute("set auto_explain.log_min_duration = 0")
+        action(self.connection)
+        self.connection.execute("set auto_explain.log_min_duration = -1")
+        return list(self._logged)
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def faults(plans: list[dict[str, Any]]) -> set[str]:
+    """Accesses to pgqueue's tables that aren't by index, bounded, and to few rows."""
+    found = set()
+    for plan in plans:
+        query = " ".join(plan["Query Text"].split())[:200]
+        if query.startswith(OURS):
+            continue
+        for node in nodes(plan["Plan"]):
+            kind, relation = node["Node Type"], node.get("Relation Name")
+            rows = node.get("Actual Rows", 0) + node.get("Rows Removed by Filter", 0)
+            if rows > FEW_ROWS and kind not in SCANS_OF_MEMORY:
+                found.add(f"{kind} of {rows} rows: {query}")
+            if kind == "Seq Scan":
+                found.add(f"{kind} of {relation}: {query}")
+            condition = node.get("Index Cond", node.get("TID Cond", ""))
+            if (
+                relation == "deliveries"
+                and kind != "ModifyTable"
+                and ("message_id" not in condition and "ctid" not in condition)
+            ):
+                found.add(f"{kind} of {relation} with {condition}: {query}")
+    return found
+
+
+def consume(connection: Connection) -> None:
+    """Call all that a consumer calls, for both orderings."""
+    for name in ORDERINGS:
+        (first, *_) = messages = receive(connection, name, 10)
+        assert len(messages) == 10
+        ids = [message.message_id for message in messages]
+        connection.execute("select pgqueue.extend(%s, '1 hour')", [first.receipt])
+        connection.execute("select pgqueue.ack(%s, %s)", [first.receipt, ids[:4]])
+        connection.execute("select pgqueue.requeue(%s, %s)", [first.receipt, ids[4:6]])
+        connection.execute("select pgqueue.release(%s, %s)", [first.receipt, ids[6:8]])
+        (second, *_) = receive(connection, name, 10, ack_receipt=first.receipt)
+        connection.execute("select pgqueue.requeue(%s)", [second.receipt])
+        connection.execute("select pgqueue.await(%s)", [name])
+        with connection.transaction():
+            ids = [message.message_id for message in fetch_pending(connection, name, 5)]
+            assert len(ids) == 5
+            connection.execute("select pgqueue.mark_delivered(%s, %s)", [name, ids])
+        # the next await and receive find these expired
+        connection.execute(
+            OURS + "update pgqueue.leases set deadline = '-infinity'"
+            " where deadline < now() + '1 day'"
+        )
+        connection.execute("select pgqueue.await(%s)", [name])
+        connection.execute(OURS + "update pgqueue.lanes set tended_at = '-infinity'")
+        for _ in range(15):
+            (first, *_) = receive(connection, name, 10)
+            connection.execute("select pgqueue.ack(%s)", [first.receipt])
+
+
+def publish_some(connection: Connection) -> None:
+    # beyond the 5 executions after which PostgreSQL may change to a generic plan
+    for _ in range(7):
+        connection.execute("select pgqueue.publish('t', '1')")
+    publish(connection, 100)
+
+
+def grow(connection: Connection) -> None:
+    """Many deliveries, due retries, and leases; and leases of another ordered lane."""
+    publish(connection, GROWTH)
+    ids = publish(connection, 10_000, topic="unread")
+    connection.execute(
+        "insert into pgqueue.retries (subscription_id, due_at, message_id, attempts, alone)"
+        " select s.subscription_id, now() - (i || ' ms')::interval, i, 1, false"
+        " from pgqueue.subscriptions s, unnest(%s::bigint[]) i where s.ordering = 'none'",
+        [ids],
+    )
+    connection.execute(
+        "insert into pgqueue.leases"
+        " (subscription_id, lane, first_id, message_ids, attempts, deadline)"
+        " select s.subscription_id, s.lane, i, array[i], array[1], now() + '2 days'"
+        " from unnest(%s::bigint[]) i, ("
+        "   select subscription_id, 0 from pgqueue.subscriptions union all select 999, 1"
+        ") s (subscription_id, lane)",
+        [ids],
+    )
+
+
+@pytest.fixture
+def plans(database: Database) -> Plans:
+    connection = database.connect(autocommit=True)
+    for name in reversed(ORDERINGS):
+        subscribe(connection, name, ordering=ORDERINGS[name])
+    return Plans(connection)
+
+
+@pytest.mark.parametrize("analyzed_empty", [False, True])
+def test_the_plans_stay_when_the_tables_grow(plans: Plans, analyzed_empty: bool) -> None:
+    connection = plans.connection
+    if analyzed_empty:
+        connection.execute("analyze")
+    publish(connection, 300)
+    assert faults(plans.of(publish_some)) == set()
+    assert faults(plans.of(consume)) == set()
+    for _ in range(7):
+        publish(connection, 300)
+        consume(connection)
+    grow(connection)
+    assert faults(plans.of(publish_some)) == set()
+    assert faults(plans.of(consume)) == set()
+    connection.execute("analyze")
+    assert faults(plans.of(publish_some)) == set()
+    assert faults(plans.of(consume)) == set()
+
+
+@pytest.mark.one_backend
+def test_the_plans_are_seen(plans: Plans) -> None:
+    publish(plans.connection, FEW_ROWS + 300)
+    queries = "".join(plan["Query Text"] for plan in plans.of(consume) + plans.of(publish_some))
+    for table in ("deliveries", "leases", "retries", "lanes", "messages"):
+        assert f"pgqueue.{table}" in queries
+    bad = plans.of(lambda connection: column(connection, "select lane from pgqueue.deliveries"))
+    assert len(faults(bad)) == 3
+
+
+def test_fan_out_reads_only_the_subscriptions_of_the_topic(plans: Plans) -> None:
+    connection = plans.connection
+    connection.execute(
+        "select pgqueue.subscribe('s' || i, 'topic ' || i) from generate_series(1, 5000) i"
+    )
+    for _ in range(2):
+        publish_some(connection)
+        assert faults(plans.of(publish_some)) == set()
+        connection.execute("analyze")
