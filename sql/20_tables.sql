@@ -147,8 +147,9 @@ create table pgqueue.retries (
   alone boolean not null,
   expires_at timestamptz,
   key_hash int,
-  primary key (subscription_id, due_at, message_id)
+  primary key (subscription_id, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
+create index retries_due on pgqueue.retries (subscription_id, due_at, message_id);
 create index retries_of_key on pgqueue.retries (subscription_id, key_hash, message_id)
   where key_hash is not null;
 

@@ -176,10 +176,12 @@ begin
       for update skip locked
     ) d
   ), due as (
-    select r.ctid, r.message_id, r.attempts from pgqueue.retries r
-    where r.subscription_id = claim_named.subscription_id and r.due_at <= v_now
-      and r.key_hash is null and r.message_id = any (ids)
-    for update skip locked
+    select r.* from unnest(ids) i cross join lateral (
+      select r.ctid, r.message_id, r.attempts from pgqueue.retries r
+      where r.subscription_id = claim_named.subscription_id and r.key_hash is null
+        and r.message_id = i and r.due_at <= v_now
+      for update skip locked
+    ) r
   ), named as (
     select w.*, false as is_retry from waiting w union all select d.*, true from due d
   )

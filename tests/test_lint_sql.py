@@ -30,7 +30,7 @@ def test_plpgsql_check_finds_nothing(database: Database) -> None:
         " where p.pronamespace = 'pgqueue'::regnamespace and l.lanname = 'plpgsql'",
     )
     assert "pgqueue.fan_out()" in checked
-    assert "pgqueue.receive(text,integer,interval,bigint)" in checked
+    assert "pgqueue.receive(text,integer,interval,bigint,integer)" in checked
     # Without performance warnings: most are about functions with dynamic SQL, which it takes for
     # stable, and about integer constants for bigint.
     findings = connection.execute(
@@ -40,8 +40,9 @@ def test_plpgsql_check_finds_nothing(database: Database) -> None:
         join pg_language l on l.oid = p.prolang,
         lateral plpgsql_check_function(
           p.oid,
-          relid => case when p.prorettype = 'trigger'::regtype
-            then 'pgqueue.messages'::regclass else 0::regclass end,
+          relid => coalesce(
+            (select t.tgrelid::regclass from pg_trigger t where t.tgfoid = p.oid limit 1), 0::regclass
+          ),
           newtable => case when p.proname = 'fan_out' then 'new_messages' end,
           fatal_errors => false, other_warnings => true, extra_warnings => true,
           security_warnings => true, compatibility_warnings => true

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 
 from .helpers import (
-    NO_TIME,
     PATIENCE_SECONDS,
     Connection,
     one,
@@ -105,8 +104,14 @@ def to_release(actor: Connection, subscription: str) -> Act:
 
 def to_reclaim(actor: Connection, subscription: str) -> Act:
     publish(actor)
-    receive(actor, subscription, lease=NO_TIME)
-    return lambda: actor.execute("select pgqueue.maintain()")
+    receive(actor, subscription)
+
+    def reclaim() -> None:
+        # not before: a consumer that waits would reclaim it itself
+        actor.execute("update pgqueue.leases set deadline = now() - interval '1 s'")
+        actor.execute("select pgqueue.maintain()")
+
+    return reclaim
 
 
 def to_ack_before_more(actor: Connection, subscription: str) -> Act:
