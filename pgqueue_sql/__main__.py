@@ -64,8 +64,9 @@ def parser() -> argparse.ArgumentParser:
     added = command("subscribe", run_subscribe, "Create a subscription.")
     added.add_argument("subscription")
     added.add_argument("topic")
-    added.add_argument("--ordering", choices=("none", "total"), default="none")
+    added.add_argument("--ordering", choices=("none", "total", "key"), default="none")
     added.add_argument("--max-attempts", type=int, metavar="N")
+    added.add_argument("--retry-delay", type=float, metavar="SECONDS")
 
     added = command("publish", run_publish, "Publish JSON and print the messages' ids.")
     added.add_argument("topic")
@@ -90,6 +91,21 @@ def parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="again and again"
     )
 
+    for name, text in (
+        ("pause", "Deliver nothing from a subscription, until resumed."),
+        ("resume", "End a pause."),
+        ("purge", "Drop what waits in a subscription."),
+        ("redrive", "Deliver dead letters of a subscription again."),
+        ("discard", "Drop dead letters of a subscription."),
+    ):
+        added = command(name, run_on_subscription, text)
+        added.set_defaults(method=name)
+        added.add_argument("subscription")
+        if name in ("redrive", "discard"):
+            added.add_argument("ids", nargs="*", type=int, metavar="ID", help="without any: all")
+
+    added = command("dead", run_dead, "Print dead letters as lines of JSON.")
+    added.add_argument("subscription")
     command("demo", run_demo, "Show what pgqueue does, on the database given or one of its own.")
     return top
 
@@ -108,6 +124,7 @@ def run_subscribe(arguments: argparse.Namespace) -> None:
             arguments.topic,
             ordering=arguments.ordering,
             max_attempts=arguments.max_attempts,
+            retry_delay=arguments.retry_delay,
         )
 
 
@@ -175,6 +192,26 @@ def run_status(arguments: argparse.Namespace) -> None:
                 cursor.execute("select * from pgqueue.status")
                 names = [column.name for column in cursor.description or ()]
                 print(table(names, cursor.fetchall()), flush=True)
+
+
+def run_on_subscription(arguments: argparse.Namespace) -> None:
+    """Call the method of that name, and print what it returns."""
+    with connect(arguments.dsn) as queue:
+        method = getattr(queue, arguments.method)
+        chosen = [arguments.ids] if getattr(arguments, "ids", None) else []
+        print(method(arguments.subscription, *chosen))
+
+
+def run_dead(arguments: argparse.Namespace) -> None:
+    """Print a subscription's dead letters, with the history of their failures."""
+    with connect(arguments.dsn) as queue:
+        rows = queue.connection.execute(
+            "select to_jsonb(d) from pgqueue.dead_letters d where d.subscription = %s"
+            " order by d.message_id",
+            (arguments.subscription,),
+        )
+        for (dead,) in rows:
+            print(json.dumps(dead))
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

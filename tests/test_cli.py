@@ -67,7 +67,7 @@ print(json.dumps(message), flush=True)
 sys.exit(message["deliveries"] < 3)'""",
     )  # fmt: skip
     assert [message["deliveries"] for message in lines(done)] == [1, 2, 3]
-    assert "requeued message 1" in done.stderr
+    assert "the handler failed with message 1" in done.stderr
     assert status(database.connect()) == (0, 0, 0)
 
 
@@ -113,6 +113,29 @@ def test_status_watch_repeats_until_interrupted(database: Database) -> None:
         process.send_signal(2)
         assert process.wait(timeout=30) == 130
     assert len(heads) == 2
+
+
+def test_dead_letters_are_shown_redriven_and_discarded(database: Database) -> None:
+    pgqueue(database, "subscribe", "shell", "lines", "--max-attempts", "1")
+    pgqueue(database, "publish", "lines", "1", "2")
+    connection = database.connect(autocommit=True)
+    for _ in range(2):
+        connection.execute("select pgqueue.requeue(receipt) from pgqueue.receive('shell')")
+    dead = lines(pgqueue(database, "dead", "shell"))
+    assert [letter["payload"] for letter in dead] == [1, 2]
+    assert pgqueue(database, "redrive", "shell", str(dead[0]["message_id"])).stdout == "1\n"
+    assert pgqueue(database, "discard", "shell").stdout == "1\n"
+    (again,) = lines(pgqueue(database, "consume", "shell", "--count", "1"))
+    assert (again["payload"], again["deliveries"]) == (1, 1)
+
+
+def test_pause_resume_and_purge(database: Database) -> None:
+    pgqueue(database, "subscribe", "shell", "lines")
+    pgqueue(database, "publish", "lines", "1", "2", "3")
+    assert pgqueue(database, "pause", "shell").stdout == "True\n"
+    assert pgqueue(database, "resume", "shell").stdout == "True\n"
+    assert pgqueue(database, "resume", "shell").stdout == "False\n"
+    assert pgqueue(database, "purge", "shell").stdout == "3\n"
 
 
 def test_errors_are_a_line_and_a_code(database: Database) -> None:
