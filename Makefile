@@ -57,7 +57,7 @@ venv: .venv/installed
 	touch $@
 
 test: venv
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 demo: venv
 	$(VENV_PYTHON) -m pgqueue_sql demo $(if $(DSN),--dsn '$(DSN)')

@@ -112,10 +112,10 @@ create table pgqueue.deliveries (
 comment on table pgqueue.deliveries is 'One row per subscription and message that waits to be delivered.';
 
 -- One row per batch in flight. attempts runs beside message_ids and counts
--- this delivery. key_hash: the batch comes from the queue of a held key. tend:
--- the commit of the lease does the lane's housekeeping, see tend(). first_id is the lowest of the message_ids at the time of the
--- lease: above the lane's low, so that the look for a live lease of an ordered
--- lane starts behind the dead ones.
+-- this delivery. key_hash: the batch comes from the queue of a held key.
+-- first_id is the lowest of the message_ids at the time of the lease: above the
+-- lane's low, so that the look for a live lease of an ordered lane starts
+-- behind the dead ones.
 create table pgqueue.leases (
   receipt bigint primary key default nextval('pgqueue.receipts'),
   subscription_id int not null,
@@ -127,8 +127,7 @@ create table pgqueue.leases (
   owner int,
   owner_pid int,
   leased_at timestamptz not null default clock_timestamp(),
-  deadline timestamptz not null,
-  tend boolean not null default false
+  deadline timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
 create index leases_of_lane on pgqueue.leases (subscription_id, lane, first_id)
   where lane > 0 and key_hash is null;

@@ -239,7 +239,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_receipt bigint;
+  v_receipt bigint := nextval('pgqueue.receipts');
   v_owner int := pgqueue.owner_of_session(owner);
 begin
   if c.delivery_tids is not null then
@@ -248,15 +248,17 @@ begin
   if c.retry_tids is not null then
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
   end if;
-  insert into pgqueue.leases as e (
-    subscription_id, lane, first_id, message_ids, attempts, key_hash, owner, owner_pid, deadline,
-    tend
+  if c.tending_is_due then
+    -- for the trigger tend_at_commit; a restore, which inserts leases too, does not set it
+    perform set_config('pgqueue.tending', v_receipt::text, true);
+  end if;
+  insert into pgqueue.leases (
+    receipt, subscription_id, lane, first_id, message_ids, attempts, key_hash,
+    owner, owner_pid, deadline
   ) values (
-    c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
-    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease,
-    coalesce(c.tending_is_due, false)
-  )
-  returning e.receipt into v_receipt;
+    v_receipt, c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
+    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
+  );
   if c.key_hash is not null then
     update pgqueue.held_keys h set receipt = v_receipt
     where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;

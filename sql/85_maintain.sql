@@ -60,8 +60,9 @@ begin
   end if;
 end $$;
 
--- A consumer's housekeeping comes with the commit of a lease. Its locks last to
--- the end of the transaction, in which a handler may run for long.
+-- A consumer's housekeeping comes with the commit of a lease: its locks last to
+-- the end of the transaction, in which a handler may run for long. Never in a
+-- restore, where what the low-water mark goes by is loaded in any order.
 create function pgqueue.tend_at_commit() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -77,7 +78,8 @@ end $$;
 
 create constraint trigger tend_at_commit after insert on pgqueue.leases
 deferrable initially deferred
-for each row when (new.tend) execute function pgqueue.tend_at_commit();
+for each row when (current_setting('pgqueue.tending', true) = new.receipt::text)
+execute function pgqueue.tend_at_commit();
 
 -- Whether a delivery refers to a message of the leaf. One statement, so that a
 -- delivery that moves between the tables meanwhile is seen in one of them.

@@ -17,9 +17,10 @@ BACKENDS = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
-        default="all",
-        help="where tests with a database run: 'all', 'quick' (the newest server's extension), or "
-        f"a comma list of {', '.join(backend.id for backend in BACKENDS)}",
+        default="majors",
+        help="where tests with a database run: 'majors' (every server, by turns with the extension"
+        " and the script), 'all', 'quick' (the newest server's extension), or a comma list of"
+        f" {', '.join(backend.id for backend in BACKENDS)}",
     )
 
 
@@ -45,6 +46,9 @@ def _selected(config: pytest.Config) -> list[Backend]:
     option: str = config.getoption("--backends")
     if option == "all":
         return BACKENDS
+    if option == "majors":
+        # of each server one of two: extension, script, extension, ...
+        return BACKENDS[::4] + BACKENDS[3::4]
     known = {backend.id: backend for backend in BACKENDS}
     chosen = [BACKENDS[0].id] if option == "quick" else option.split(",")
     unknown = [name for name in chosen if name not in known]
