@@ -95,12 +95,14 @@ language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if duration is null or duration < '0 s' or (duration = '0 s' and not zero_allowed) then
+  if duration is null or duration < '0 s' or (duration = '0 s' and not zero_allowed)
+    or duration > '100 years'
+  then
     raise exception using
       errcode = 'invalid_parameter_value',
       message = format('%s is %s', argument, coalesce(duration::text, 'NULL')),
       hint = format(
-        'Pass an interval %s as %s, for example ''30 s''.',
+        'Pass an interval %s, and up to 100 years, as %s, for example ''30 s''.',
         case when zero_allowed then 'of zero or more' else 'above zero' end, argument
       );
   end if;

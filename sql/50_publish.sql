@@ -103,6 +103,7 @@ begin
   with oldest as (
     select d.ctid from pgqueue.deliveries d
     where d.subscription_id = s.subscription_id
+      and d.lane = any (pgqueue.lock_lanes(s.subscription_id))
     order by d.message_id limit v_excess for update skip locked
   ), dropped as (
     delete from pgqueue.deliveries d where d.ctid = any (array(select o.ctid from oldest o))
@@ -177,9 +178,17 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-  v_id bigint := nextval('pgqueue.message_ids');
+  v_id bigint;
   v_first_id bigint;
 begin
+  -- the usual case of a second publish locks nothing
+  select p.message_id into v_first_id from pgqueue.published_keys p
+  where p.topic = claim_dedup_key.topic and p.dedup_key = claim_dedup_key.dedup_key
+    and p.expires_at > clock_timestamp();
+  if found then
+    return -v_first_id;
+  end if;
+  v_id := nextval('pgqueue.message_ids');
   insert into pgqueue.published_keys as p (topic, dedup_key, message_id, expires_at)
   values (
     claim_dedup_key.topic, claim_dedup_key.dedup_key, v_id, clock_timestamp() + dedup_window

@@ -185,6 +185,22 @@ begin
   return v_sum;
 end $$;
 
+-- Locks the ordered lanes that nobody else has, and returns them and lane 0. In
+-- an ordered lane the lane's lock is what a consumer takes messages under; from
+-- lane 0 whoever takes something away skips the rows that are locked.
+create function pgqueue.lock_lanes(subscription_id int) returns smallint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return array(
+    select l.lane from pgqueue.lanes l
+    where l.subscription_id = lock_lanes.subscription_id and l.lane > 0
+    for update skip locked
+  ) || 0::smallint;
+end $$;
+
 create function pgqueue.delete_unlocked(table_name text, subscription_id int) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp

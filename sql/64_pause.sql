@@ -45,11 +45,35 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_subscription pgqueue.subscriptions;
+  v_lanes smallint[];
+  v_purged bigint[];
 begin
   perform pgqueue.require_read_committed('purge');
   v_subscription := pgqueue.subscription_named(subscription);
-  return pgqueue.delete_unlocked('deliveries', v_subscription.subscription_id)
-    + pgqueue.delete_unlocked('retries', v_subscription.subscription_id);
+  v_lanes := pgqueue.lock_lanes(v_subscription.subscription_id);
+  with waiting as (
+    delete from pgqueue.deliveries d where d.ctid in (
+      select d.ctid from pgqueue.deliveries d
+      where d.subscription_id = v_subscription.subscription_id and d.lane = any (v_lanes)
+      for update skip locked
+    ) returning d.message_id
+  ), held as (
+    select h.key_hash from pgqueue.held_keys h
+    where h.subscription_id = v_subscription.subscription_id for update skip locked
+  ), retried as (
+    delete from pgqueue.retries r where r.ctid in (
+      select r.ctid from pgqueue.retries r
+      where r.subscription_id = v_subscription.subscription_id
+        and (r.key_hash is null or r.key_hash in (select h.key_hash from held h))
+      for update skip locked
+    ) returning r.message_id
+  )
+  select array_agg(p.message_id) into v_purged from (
+    select w.message_id from waiting w union all select r.message_id from retried r
+  ) p;
+  delete from pgqueue.failures f
+  where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_purged);
+  return coalesce(cardinality(v_purged), 0);
 end $$;
 
 comment on function pgqueue.purge(text) is

@@ -155,7 +155,8 @@ begin atomic
     returning d.*
   )
   insert into pgqueue.retries (subscription_id, due_at, message_id, attempts, alone, expires_at)
-  select d.subscription_id, d.not_before, d.message_id, d.attempts, false, d.expires_at
+  select d.subscription_id, least(d.not_before, d.expires_at), d.message_id, d.attempts, false,
+    d.expires_at
   from delayed d;
 end;
 

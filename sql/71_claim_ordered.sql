@@ -72,6 +72,8 @@ begin
     exit when (s).ordering = 'total' or v_claim.message_ids is null;
     v_claim := pgqueue.without_held(v_claim, s, claim_ordered.lane, v_now);
     v_waiting_id := null;
+    select min(d.message_id) into v_alone_id from pgqueue.deliveries d
+    where d.ctid = any (v_claim.delivery_tids) and d.alone;
     exit when v_claim.message_ids is not null;
     -- nothing but held keys, moved away or locked: look further
     exit when v_limit > 100000;
@@ -157,7 +159,7 @@ begin
     select
       d.subscription_id,
       -- the first of an empty queue must be found when it is due
-      case when d.not_before > at then d.not_before
+      case when d.not_before > at then least(d.not_before, d.expires_at)
         when lag(d.message_id) over (partition by d.key_hash order by d.message_id) is null
           and not exists (
             select from pgqueue.retries r
@@ -308,13 +310,21 @@ as $$
 #variable_conflict use_column
 declare
   v_first pgqueue.retries;
+  v_receipt bigint;
   v_max_attempts int;
 begin
-  perform from pgqueue.held_keys h
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    return;  -- an old snapshot may not see all of the queue
+  end if;
+  select h.receipt into v_receipt from pgqueue.held_keys h
   where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash
   for update skip locked;
   if not found then
     return;
+  end if;
+  perform from pgqueue.leases e where e.receipt = v_receipt;
+  if found then
+    return;  -- a part of it is still in flight
   end if;
   select r.* into v_first from pgqueue.retries r
   where r.subscription_id = release_key.subscription_id and r.key_hash = release_key.key_hash

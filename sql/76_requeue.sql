@@ -48,7 +48,7 @@ create function pgqueue.retry_due(s pgqueue.subscriptions, attempts int) returns
 language sql volatile
 return clock_timestamp() + make_interval(secs => least(
   extract(epoch from s.retry_ceiling)::float8,
-  extract(epoch from s.retry_delay)::float8 * power(s.retry_factor, least(attempts - 1, 100))
+  extract(epoch from s.retry_delay)::float8 * least(power(s.retry_factor, least(attempts - 1, 100)), 1e15)
 ) * (1 + s.retry_jitter * (2 * random() - 1)));
 
 -- Puts deliveries back. From lane 0 they go to the retries: back in the lane
@@ -67,11 +67,20 @@ begin
     select
       i.id, i.attempts,
       case when (s).on_exhausted = 'block' and i.attempts >= (s).max_attempts then 'infinity'
-        else coalesce(put_back.due_at, pgqueue.retry_due(s, i.attempts)) end as due_at,
+        -- once expired it is due, to be put away
+        else least(
+          coalesce(put_back.due_at, pgqueue.retry_due(s, i.attempts)),
+          m.expires_at, m.published_at + (s).max_age
+        ) end as due_at,
       least(m.expires_at, m.published_at + (s).max_age) as expires_at,
       pgqueue.key_hash(m.key) as key_hash,
       case when (l).lane = 0 then 'retries'
         when (l).key_hash is not null or (failed and (s).ordering = 'key') then 'held'
+        -- behind one that failed before, but with a smaller id: ahead of it in the queue
+        when exists (
+          select from pgqueue.held_keys h
+          where h.subscription_id = (l).subscription_id and h.key_hash = pgqueue.key_hash(m.key)
+        ) then 'held'
         else 'lane' end as place
     from unnest((l).message_ids, (l).attempts) as i (id, attempts)
     cross join lateral (

@@ -84,7 +84,7 @@ begin
     execute format(
       'insert into pgqueue.messages_%s (message_id, published_at, topic, key, headers, payload)'
       ' values ($1, $2, $3, $4, $5, $6)', (v_id >> 16) & 3
-    ) using v_id, v_dead.published_at, v_dead.topic, v_dead.key, v_dead.headers, v_dead.payload;
+    ) using v_id, clock_timestamp(), v_dead.topic, v_dead.key, v_dead.headers, v_dead.payload;
     insert into pgqueue.deliveries (subscription_id, lane, message_id)
     values (
       v_subscription.subscription_id,
@@ -94,13 +94,15 @@ begin
     where x.subscription = v_dead.subscription and x.message_id = v_dead.message_id;
     v_count := v_count + 1;
   end loop;
-  v_count := v_count + pgqueue.unblock(v_subscription, message_ids);
+  if older_than is null and max_messages is null then
+    v_count := v_count + pgqueue.unblock(v_subscription, message_ids);
+  end if;
   perform pgqueue.wake_when_settled(v_subscription.subscription_id);
   return v_count;
 end $$;
 
 comment on function pgqueue.redrive(text, bigint[], interval, int) is
-  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place. Returns how many.';
+  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids, times and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place, unless older_than or max_messages is given. Returns how many.';
 
 -- Lets messages that block be tried again: their attempts count from 0.
 create function pgqueue.unblock(s pgqueue.subscriptions, message_ids bigint[]) returns int
@@ -108,22 +110,28 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count int;
+  v_lanes smallint[] := pgqueue.lock_lanes(s.subscription_id);
+  v_unblocked bigint[];
 begin
   with in_lane as (
     update pgqueue.deliveries d set attempts = 0, not_before = null
     where d.subscription_id = s.subscription_id and d.not_before = 'infinity'
+      and d.lane = any (v_lanes)
       and (unblock.message_ids is null or d.message_id = any (unblock.message_ids))
-    returning 1
+    returning d.message_id
   ), in_queue as (
     update pgqueue.retries r set attempts = 0, due_at = clock_timestamp()
     where r.subscription_id = s.subscription_id and r.due_at = 'infinity'
       and r.attempts >= s.max_attempts
       and (unblock.message_ids is null or r.message_id = any (unblock.message_ids))
-    returning 1
+    returning r.message_id
   )
-  select (select count(*) from in_lane) + (select count(*) from in_queue) into v_count;
-  return v_count;
+  select array_agg(u.message_id) into v_unblocked from (
+    select l.message_id from in_lane l union all select q.message_id from in_queue q
+  ) u;
+  delete from pgqueue.failures f
+  where f.subscription_id = s.subscription_id and f.message_id = any (v_unblocked);
+  return coalesce(cardinality(v_unblocked), 0);
 end $$;
 
 create function pgqueue.discard(
@@ -139,6 +147,7 @@ as $$
 declare
   v_ids bigint[];
   v_subscription_id int;
+  v_lanes smallint[];
   v_blocked bigint[];
 begin
   perform pgqueue.require_read_committed('discard');
@@ -151,9 +160,11 @@ begin
   select s.subscription_id into v_subscription_id
   from pgqueue.subscriptions s where s.subscription = discard.subscription;
   if found and discard.message_ids is not null then
+    v_lanes := pgqueue.lock_lanes(v_subscription_id);
     with in_lane as (
       delete from pgqueue.deliveries d
       where d.subscription_id = v_subscription_id and d.not_before = 'infinity'
+        and d.lane = any (v_lanes)
         and d.message_id = any (discard.message_ids)
       returning d.message_id
     ), in_queue as (
@@ -167,6 +178,8 @@ begin
     select array_agg(b.message_id) into v_blocked from (
       select message_id from in_lane union all select message_id from in_queue
     ) b;
+    delete from pgqueue.failures f
+    where f.subscription_id = v_subscription_id and f.message_id = any (v_blocked);
     perform pgqueue.release_key(h.subscription_id, h.key_hash)
     from pgqueue.held_keys h where h.subscription_id = v_subscription_id;
     perform pgqueue.wake_when_settled(v_subscription_id);

@@ -24,11 +24,16 @@ RECONNECT_PAUSE_SECONDS = 5.0
 
 # An idle consumer is no idle session; receive needs READ COMMITTED; psycopg reads ISO dates. And
 # a lease that a handler acked in a transaction that it left open must not be waited for for ever.
+# The keepalives are the server's: it ends a session, and with it the leases, whose client is gone.
 SETTINGS = """
     set idle_session_timeout = 0;
     set default_transaction_isolation = 'read committed';
     set datestyle = 'ISO';
-    set lock_timeout = '5s'
+    set lock_timeout = '5s';
+    set tcp_keepalives_idle = 10;
+    set tcp_keepalives_interval = 5;
+    set tcp_keepalives_count = 3;
+    set tcp_user_timeout = '30s'
 """
 
 
@@ -111,32 +116,29 @@ class Session:
         connection = self._connect()
         try:
             connection.set_autocommit(True)
-            connection.execute(SETTINGS)
-            connection.add_notify_handler(lambda notify: self._waker.wake())
             with translated():
-                cursor = connection.execute("select pgqueue.channel(%s)", (self._subscription,))
-                row = cursor.fetchone()
-            if self._listen and row is not None:
-                connection.execute(sql.SQL("listen {}").format(sql.Identifier(row[0])))
-            self._attach(connection)
+                cursor = connection.execute(
+                    "select pg_backend_pid(), pgqueue.channel(%s)", (self._subscription,)
+                )
+                pid, channel = (cursor.fetchall())[0]
+            # a pooler tells clients a pid of its own making; its sessions are not ours to set up
+            if pid == connection.info.backend_pid:
+                connection.execute(SETTINGS)
+                cursor = connection.execute("select pgqueue.attach()")
+                self.owner = (cursor.fetchall())[0][0]
+            elif self._connection is None:
+                logger.warning(
+                    "%s is consumed through a connection pooler: what a dead consumer held is"
+                    " delivered again only when its lease ends",
+                    self._subscription,
+                )
+            connection.add_notify_handler(lambda notify: self._waker.wake())
+            if self._listen:
+                connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _attach(self, connection: Connection[Any]) -> None:
-        # a pooler tells clients a pid of its own making
-        cursor = connection.execute(
-            "select pgqueue.attach() where pg_backend_pid() = %s", (connection.info.backend_pid,)
-        )
-        row = cursor.fetchone()
-        if row is None and self._connection is None:
-            logger.warning(
-                "%s is consumed through a connection pooler: what a dead consumer held is delivered"
-                " again only when its lease ends",
-                self._subscription,
-            )
-        self.owner = None if row is None else row[0]
 
     def _reopen(self) -> Connection[Any]:
         pause = waited = 0.0
