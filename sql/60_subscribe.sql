@@ -201,6 +201,20 @@ begin
   ) || 0::smallint;
 end $$;
 
+-- The same for the held keys, whose rows are the locks of their queues.
+create function pgqueue.lock_held_keys(subscription_id int) returns int[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return array(
+    select h.key_hash from pgqueue.held_keys h
+    where h.subscription_id = lock_held_keys.subscription_id
+    for update skip locked
+  );
+end $$;
+
 create function pgqueue.delete_unlocked(table_name text, subscription_id int) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp

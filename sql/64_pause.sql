@@ -46,25 +46,24 @@ as $$
 declare
   v_subscription pgqueue.subscriptions;
   v_lanes smallint[];
+  v_keys int[];
   v_purged bigint[];
 begin
   perform pgqueue.require_read_committed('purge');
   v_subscription := pgqueue.subscription_named(subscription);
   v_lanes := pgqueue.lock_lanes(v_subscription.subscription_id);
+  v_keys := pgqueue.lock_held_keys(v_subscription.subscription_id);
   with waiting as (
     delete from pgqueue.deliveries d where d.ctid in (
       select d.ctid from pgqueue.deliveries d
       where d.subscription_id = v_subscription.subscription_id and d.lane = any (v_lanes)
       for update skip locked
     ) returning d.message_id
-  ), held as (
-    select h.key_hash from pgqueue.held_keys h
-    where h.subscription_id = v_subscription.subscription_id for update skip locked
   ), retried as (
     delete from pgqueue.retries r where r.ctid in (
       select r.ctid from pgqueue.retries r
       where r.subscription_id = v_subscription.subscription_id
-        and (r.key_hash is null or r.key_hash in (select h.key_hash from held h))
+        and (r.key_hash is null or r.key_hash = any (v_keys))
       for update skip locked
     ) returning r.message_id
   )

@@ -210,7 +210,8 @@ begin
 end $$;
 
 -- From the queue of a held key: its first message, once it is due and what came
--- before it is settled. What was never tried comes in batches.
+-- before it is settled. What was never tried comes in batches. The key's row is
+-- the lock of its queue, for whoever takes from it or changes it.
 create function pgqueue.claim_held_key(s pgqueue.subscriptions, key_hash int, max_messages int)
 returns pgqueue.claim
 language plpgsql
@@ -257,6 +258,12 @@ begin
     perform pgqueue.expire_claimed(s, null, v_claim.retry_tids, v_now);
     perform pgqueue.release_key((s).subscription_id, v_held.key_hash);
   end loop;
+  if v_keep = 0 then
+    -- what is due behind a first message that is not will come after that one
+    update pgqueue.retries r set due_at = 'infinity'
+    where r.subscription_id = (s).subscription_id and r.key_hash = v_held.key_hash
+      and r.due_at <= v_now and r.message_id > v_claim.message_ids[1];
+  end if;
   if v_keep is not null then
     v_claim.retry_tids := v_claim.retry_tids[:v_keep];
     v_claim.message_ids := nullif(v_claim.message_ids[:v_keep], '{}');
@@ -280,22 +287,13 @@ declare
   v_due record;
 begin
   for v_due in
-    select r.key_hash, r.message_id from pgqueue.retries r
+    select r.key_hash from pgqueue.retries r
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
       and r.key_hash is not null
     order by r.due_at
   loop
     v_claim := pgqueue.claim_held_key(s, v_due.key_hash, max_messages);
     exit when v_claim.message_ids is not null;
-    -- due, but behind one of its key that is not: it will come after that one
-    update pgqueue.retries r set due_at = 'infinity'
-    where r.subscription_id = s.subscription_id and r.key_hash = v_due.key_hash
-      and r.message_id = v_due.message_id
-      and exists (
-        select from pgqueue.retries b
-        where b.subscription_id = r.subscription_id and b.key_hash = r.key_hash
-          and b.message_id < r.message_id
-      );
   end loop;
   return v_claim;
 end $$;

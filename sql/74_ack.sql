@@ -108,7 +108,7 @@ begin
   if v_lease.key_hash is not null then
     perform pgqueue.release_key(v_lease.subscription_id, v_lease.key_hash);
   end if;
-  perform pgqueue.stamp_ack(v_lease.subscription_id, v_lease.lane);
+  perform pgqueue.stamp_ack(v_lease.subscription_id);
   if v_lease.lane > 0 then
     perform pgqueue.wake_when_settled(v_lease.subscription_id);
   end if;
@@ -119,23 +119,29 @@ comment on function pgqueue.ack(bigint, bigint[]) is
   'Settles the messages of a receipt, all or the named ones: they are done and never come back. Returns how many. Error PQ003 if the lease is lost.';
 
 -- For people to read, so once a second is enough; and never where it could
--- wait for another transaction or fail for its isolation level.
-create function pgqueue.stamp_ack(subscription_id int, lane smallint) returns void
+-- wait for another transaction or fail for its isolation level. On the first
+-- lane's row: with order by key that is none that a handler's transaction, which
+-- holds it to its end, would keep from other keys.
+create function pgqueue.stamp_ack(subscription_id int) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_lane smallint;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;
   end if;
+  select l.lane into v_lane from pgqueue.lanes l
+  where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1;
   perform from pgqueue.lanes l
-  where l.subscription_id = stamp_ack.subscription_id and l.lane = stamp_ack.lane
+  where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane
     and l.last_ack_at < clock_timestamp() - interval '1 s'
   for update skip locked;
   if found then
     update pgqueue.lanes l set last_ack_at = clock_timestamp()
-    where l.subscription_id = stamp_ack.subscription_id and l.lane = stamp_ack.lane;
+    where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane;
   end if;
 end $$;
 

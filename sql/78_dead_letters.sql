@@ -111,6 +111,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lanes smallint[] := pgqueue.lock_lanes(s.subscription_id);
+  v_keys int[] := pgqueue.lock_held_keys(s.subscription_id);
   v_unblocked bigint[];
 begin
   with in_lane as (
@@ -123,6 +124,7 @@ begin
     update pgqueue.retries r set attempts = 0, due_at = clock_timestamp()
     where r.subscription_id = s.subscription_id and r.due_at = 'infinity'
       and r.attempts >= s.max_attempts
+      and r.key_hash = any (v_keys)
       and (unblock.message_ids is null or r.message_id = any (unblock.message_ids))
     returning r.message_id
   )
@@ -148,6 +150,7 @@ declare
   v_ids bigint[];
   v_subscription_id int;
   v_lanes smallint[];
+  v_keys int[];
   v_blocked bigint[];
 begin
   perform pgqueue.require_read_committed('discard');
@@ -161,6 +164,7 @@ begin
   from pgqueue.subscriptions s where s.subscription = discard.subscription;
   if found and discard.message_ids is not null then
     v_lanes := pgqueue.lock_lanes(v_subscription_id);
+    v_keys := pgqueue.lock_held_keys(v_subscription_id);
     with in_lane as (
       delete from pgqueue.deliveries d
       where d.subscription_id = v_subscription_id and d.not_before = 'infinity'
@@ -172,6 +176,7 @@ begin
       using pgqueue.subscriptions s
       where s.subscription_id = v_subscription_id and r.subscription_id = v_subscription_id
         and r.due_at = 'infinity' and r.attempts >= s.max_attempts
+        and r.key_hash = any (v_keys)
         and r.message_id = any (discard.message_ids)
       returning r.message_id
     )

@@ -126,12 +126,14 @@ class Session:
                 connection.execute(SETTINGS)
                 cursor = connection.execute("select pgqueue.attach()")
                 self.owner = (cursor.fetchall())[0][0]
-            elif self._connection is None:
-                logger.warning(
-                    "%s is consumed through a connection pooler: what a dead consumer held is"
-                    " delivered again only when its lease ends",
-                    self._subscription,
-                )
+            else:
+                connection.prepare_threshold = None
+                if self._connection is None:
+                    logger.warning(
+                        "%s is consumed through a connection pooler: what a dead consumer held is"
+                        " delivered again only when its lease ends",
+                        self._subscription,
+                    )
             connection.add_notify_handler(lambda notify: self._waker.wake())
             if self._listen:
                 connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
