@@ -69,6 +69,7 @@ begin
   loop
     v_claim := null;
     v_retry_ids := null;
+    v_retry_attempts := null;
     v_retry_unfit := false;
     select r.alone into v_alone from pgqueue.retries r
     where r.subscription_id = (s).subscription_id and r.due_at <= v_now and r.key_hash is null
