@@ -124,7 +124,7 @@ begin
     update pgqueue.retries r set attempts = 0, due_at = clock_timestamp()
     where r.subscription_id = s.subscription_id and r.due_at = 'infinity'
       and r.attempts >= s.max_attempts
-      and r.key_hash = any (v_keys)
+      and (r.key_hash is null or r.key_hash = any (v_keys))
       and (unblock.message_ids is null or r.message_id = any (unblock.message_ids))
     returning r.message_id
   )
@@ -176,7 +176,7 @@ begin
       using pgqueue.subscriptions s
       where s.subscription_id = v_subscription_id and r.subscription_id = v_subscription_id
         and r.due_at = 'infinity' and r.attempts >= s.max_attempts
-        and r.key_hash = any (v_keys)
+        and (r.key_hash is null or r.key_hash = any (v_keys))
         and r.message_id = any (discard.message_ids)
       returning r.message_id
     )
