@@ -71,6 +71,7 @@ begin
     v_retry_ids := null;
     v_retry_attempts := null;
     v_retry_unfit := false;
+    v_unfit := false;
     select r.alone into v_alone from pgqueue.retries r
     where r.subscription_id = (s).subscription_id and r.due_at <= v_now and r.key_hash is null
     order by r.due_at, r.message_id limit 1 for update skip locked;
