@@ -44,7 +44,7 @@ $(DATA_built): $(sort $(wildcard sql/[0-9]*.sql))
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: venv test demo lint sync
+.PHONY: venv test chaos demo lint sync
 
 venv: .venv/installed
 
@@ -58,6 +58,10 @@ venv: .venv/installed
 
 test: venv
 	$(VENV_PYTHON) -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+# The model-based test with many seeds, and with threads: minutes, as told in CHAOS_ARGS.
+chaos: venv
+	$(VENV_PYTHON) -m tests.chaos $(CHAOS_ARGS)
 
 demo: venv
 	$(VENV_PYTHON) -m pgqueue_sql demo $(if $(DSN),--dsn '$(DSN)')

@@ -41,7 +41,8 @@ def test_plpgsql_check_finds_nothing(database: Database) -> None:
         lateral plpgsql_check_function(
           p.oid,
           relid => coalesce(
-            (select t.tgrelid::regclass from pg_trigger t where t.tgfoid = p.oid limit 1), 0::regclass
+            (select t.tgrelid::regclass from pg_trigger t where t.tgfoid = p.oid limit 1),
+            0::regclass
           ),
           newtable => case when p.proname = 'fan_out' then 'new_messages' end,
           fatal_errors => false, other_warnings => true, extra_warnings => true,
