@@ -12,6 +12,9 @@ import pytest
 from tests.helpers import Connection, column, contents, fetch_pending, publish, receive, subscribe
 from tests.servers import Database
 
+# No server differs in this, and there are many cases.
+pytestmark = pytest.mark.one_backend
+
 # What filled() leaves: 1 and 2 are leased (receipt 1), 3 waits; in "ordered" all of 1 to 3 wait.
 RECEIPT = 1
 

@@ -8,6 +8,9 @@ from tests.helpers import column, receive
 from tests.servers import Database
 from tests.test_bad_input import RECEIPT, filled, refused
 
+# No server differs in this, and there are many cases.
+pytestmark = pytest.mark.one_backend
+
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ from psycopg.types.json import Jsonb
 from tests.helpers import contents, one, receive, subscribe
 from tests.servers import Database
 
+# No server differs in this, and there are many cases.
+pytestmark = pytest.mark.one_backend
+
 AWKWARD_TEXTS = [
     "",
     'it\'s "quoted" and `ticked` $$dollars$$ $1 :name %s %(name)s 100% \\ \\n \\x00 {} {{}}',
