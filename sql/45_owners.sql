@@ -21,6 +21,7 @@ create view pgqueue.living_owners as
 select l.objid::int as owner, l.pid
 from pg_locks l
 where l.locktype = 'advisory' and l.objsubid = 2 and l.granted and l.mode = 'ExclusiveLock'
+  and l.pid is not null  -- a squatter's prepared transaction
   and l.classid = pgqueue.owner_locks()::oid
   and l.database = (select d.oid from pg_database d where d.datname = current_database());
 

@@ -84,6 +84,7 @@ as $$
 declare
   v_excess bigint;
   v_dropped bigint[];
+  v_lanes smallint[];
 begin
   select count(*) - s.max_backlog into v_excess
   from pgqueue.lanes l cross join lateral (
@@ -100,10 +101,11 @@ begin
       detail = format('It may have %s messages waiting.', s.max_backlog),
       hint = 'Publish again when its consumers have caught up. To drop the oldest instead, subscribe with on_full drop_oldest.';
   end if;
+  v_lanes := pgqueue.lock_lanes(s.subscription_id);
   with oldest as (
     select d.ctid from pgqueue.deliveries d
     where d.subscription_id = s.subscription_id
-      and d.lane = any (pgqueue.lock_lanes(s.subscription_id))
+      and d.lane = any (v_lanes)
     order by d.message_id limit v_excess for update skip locked
   ), dropped as (
     delete from pgqueue.deliveries d where d.ctid = any (array(select o.ctid from oldest o))

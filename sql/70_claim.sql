@@ -176,6 +176,7 @@ begin
     select d.* from unnest(ids) i cross join lateral (
       select d.ctid, d.message_id, d.attempts from pgqueue.deliveries d
       where d.subscription_id = claim_named.subscription_id and d.lane = 0 and d.message_id = i
+        and (d.not_before <= v_now) is not false
       for update skip locked
     ) d
   ), due as (
@@ -230,8 +231,14 @@ begin
         end;
         exit when v_claim.message_ids is not null;
       end loop;
+      if v_claim.message_ids is null then
+        -- a lane's messages may have been found to be of held keys just now
+        v_claim := pgqueue.claim_held(s, max_messages);
+      end if;
     end if;
-    exit when v_claim.message_ids is not null or pgqueue.reclaim(s.subscription_id, 1) = 0;
+    exit when v_claim.message_ids is not null;
+    exit when pgqueue.reclaim(s.subscription_id, 1) = 0
+      and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s));
   end loop;
   return v_claim;
 end $$;

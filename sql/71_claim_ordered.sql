@@ -34,6 +34,7 @@ declare
   v_alone_id bigint;
   v_expired boolean;
   v_limit int := max_messages;
+  v_read int;
 begin
   select l.* into v_lane from pgqueue.lanes l
   where l.subscription_id = (s).subscription_id and l.lane = claim_ordered.lane
@@ -70,12 +71,13 @@ begin
       continue;
     end if;
     exit when (s).ordering = 'total' or v_claim.message_ids is null;
+    v_read := cardinality(v_claim.message_ids);
     v_claim := pgqueue.without_held(v_claim, s, claim_ordered.lane, v_now);
     v_waiting_id := null;
     select min(d.message_id) into v_alone_id from pgqueue.deliveries d
     where d.ctid = any (v_claim.delivery_tids) and d.alone;
-    exit when v_claim.message_ids is not null;
-    -- nothing but held keys, moved away or locked: look further
+    exit when cardinality(v_claim.message_ids) >= max_messages or v_read < v_limit;
+    -- held keys among them, moved away or locked: look further
     exit when v_limit > 100000;
     v_limit := v_limit * 4;
   end loop;
@@ -236,6 +238,7 @@ begin
     return v_claim;
   end if;
   loop
+    v_now := clock_timestamp();
     select
       array_agg(r.tid order by r.place), array_agg(r.message_id order by r.place),
       array_agg(pgqueue.one_more(r.attempts) order by r.place),
@@ -368,4 +371,30 @@ begin
     );
   end if;
   return v_claim;
+end $$;
+
+-- Keys whose last lease ended without release_key: their row was locked then,
+-- or the ack had an old snapshot. Not those that are blocked.
+create function pgqueue.release_idle_keys(s pgqueue.subscriptions) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key record;
+  v_found boolean := false;
+begin
+  for v_key in
+    select h.key_hash from pgqueue.held_keys h
+    where h.subscription_id = s.subscription_id
+      and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
+      and not exists (
+        select from pgqueue.retries r
+        where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+          and (r.due_at < 'infinity' or r.attempts >= s.max_attempts)
+      )
+  loop
+    perform pgqueue.release_key(s.subscription_id, v_key.key_hash);
+    v_found := true;
+  end loop;
+  return v_found;
 end $$;

@@ -25,16 +25,17 @@ begin
     return;
   end if;
   v_settled := pgqueue.settled();
-  select d.message_id into v_first_id from pgqueue.deliveries d
-  where d.subscription_id = tend.subscription_id and d.lane = tend.lane
-    and d.message_id > v_lane.low
-  order by d.message_id limit 1;
-  if lane > 0 then
-    select e.first_id into v_leased_id from pgqueue.leases e
-    where e.subscription_id = tend.subscription_id and e.lane = tend.lane and e.lane > 0
-      and e.key_hash is null and e.first_id > v_lane.low
-    order by e.first_id limit 1;
-  end if;
+  -- in one statement: a requeue moves a message from the one to the other
+  select
+    (select d.message_id from pgqueue.deliveries d
+     where d.subscription_id = tend.subscription_id and d.lane = tend.lane
+       and d.message_id > v_lane.low
+     order by d.message_id limit 1),
+    (select e.first_id from pgqueue.leases e
+     where e.subscription_id = tend.subscription_id and e.lane = tend.lane and e.lane > 0
+       and e.key_hash is null and e.first_id > v_lane.low
+     order by e.first_id limit 1)
+  into v_first_id, v_leased_id;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
     low = v_low,
