@@ -130,15 +130,20 @@ begin
     if not found then
       return c;
     end if;
+    v_held := '{}';
   end if;
 
   insert into pgqueue.held_keys (subscription_id, key_hash, lane)
   select distinct (s).subscription_id, pgqueue.key_hash(m.key), lane
   from pgqueue.deliveries d cross join pgqueue.messages_of(array[d.message_id], null::smallint[]) m
   where d.ctid = any (c.delivery_tids) and d.not_before > at
+    -- not one that is held: to insert it would wait for whoever ends the hold
+    and pgqueue.key_hash(m.key) <> all (v_held)
   on conflict do nothing;
-  select array_agg(h.key_hash) into v_held from pgqueue.held_keys h
-  where h.subscription_id = (s).subscription_id and h.lane = without_held.lane;
+  v_held := v_held || array(
+    select h.key_hash from pgqueue.held_keys h
+    where h.subscription_id = (s).subscription_id and h.lane = without_held.lane
+  );
   select array_agg(h.key_hash) into v_locked from (
     select h.key_hash from pgqueue.held_keys h
     where h.subscription_id = (s).subscription_id and h.lane = without_held.lane

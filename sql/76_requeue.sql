@@ -76,6 +76,10 @@ begin
       pgqueue.key_hash(m.key) as key_hash,
       case when (l).lane = 0 then 'retries'
         when (l).key_hash is not null or (failed and (s).ordering = 'key') then 'held'
+        -- a part of a lease: what is left of it may fail, and then come from the queue
+        when (s).ordering = 'key' and exists (
+          select from pgqueue.leases e where e.receipt = (l).receipt
+        ) then 'held'
         -- behind one that failed before, but with a smaller id: ahead of it in the queue
         when exists (
           select from pgqueue.held_keys h

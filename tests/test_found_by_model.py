@@ -92,7 +92,6 @@ def test_held_key_goes_on_though_others_looked_meanwhile(database: Database, a: 
     assert take(a)[1] == [2]
 
 
-@pytest.mark.xfail(strict=True, reason="open: parking a delayed message waits for its key's row")
 def test_delayed_message_does_not_wait_for_the_end_of_its_keys_hold(
     database: Database, a: Connection
 ) -> None:
@@ -163,19 +162,7 @@ def test_attempts_stay_with_their_messages_when_a_retry_expires(a: Connection) -
     assert [m.deliveries for m in receive(a, "s", 5)] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "requeue 2, release",
-        pytest.param(
-            "release 1, requeue",
-            marks=pytest.mark.xfail(
-                strict=True, reason="open: what was released stays in the lane, behind the held key"
-            ),
-        ),
-        "requeue 2, crash",
-    ],
-)
+@pytest.mark.parametrize("how", ["requeue 2, release", "release 1, requeue", "requeue 2, crash"])
 def test_part_given_back_keeps_the_order_of_its_key(a: Connection, how: str) -> None:
     subscribe(a, "s", ordering="key", lanes=1)
     publish_keys(a, "a", "a")
