@@ -55,6 +55,9 @@ create domain pgqueue.topic_name as text
   );
 create domain pgqueue.message_headers as jsonb
   constraint is_an_object check (jsonb_typeof(value) = 'object');
+-- Infinity is what waits without end elsewhere: behind a held key, or blocked.
+create domain pgqueue.delivery_time as timestamptz
+  constraint is_finite check (isfinite(value));
 
 create function pgqueue.require_name(kind text, name text) returns void
 language plpgsql immutable parallel safe

@@ -73,7 +73,7 @@ create table pgqueue.messages (
   key text,
   headers pgqueue.message_headers,
   payload jsonb not null,
-  deliver_at timestamptz,
+  deliver_at pgqueue.delivery_time,
   expires_at timestamptz
 ) partition by list (((message_id >> 16) & 3));
 

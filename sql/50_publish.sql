@@ -146,6 +146,11 @@ begin
         hint = 'Pass one of them: how long to wait, or until when.';
     end if;
     deliver_at := clock_timestamp() + delay;
+  elsif not isfinite(deliver_at) then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('deliver_at is %s', deliver_at),
+      hint = 'Pass a point in time, or leave deliver_at out.';
   end if;
   if dedup_key is null then
     insert into pgqueue.messages as m (topic, payload, headers, key, deliver_at, expires_at)
@@ -155,6 +160,12 @@ begin
   end if;
 
   perform pgqueue.require_duration('dedup_window', dedup_window, false);
+  if octet_length(dedup_key) > 1000 then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('the dedup_key for topic %s has %s bytes', topic, octet_length(dedup_key)),
+      hint = 'Pass up to 1000 bytes, for example a hash of what is longer.';
+  end if;
   perform pgqueue.take_floor();
   v_message_id := pgqueue.claim_dedup_key(topic, dedup_key, dedup_window);
   if v_message_id < 0 then
@@ -191,20 +202,25 @@ begin
     return -v_first_id;
   end if;
   v_id := nextval('pgqueue.message_ids');
-  insert into pgqueue.published_keys as p (topic, dedup_key, message_id, expires_at)
-  values (
-    claim_dedup_key.topic, claim_dedup_key.dedup_key, v_id, clock_timestamp() + dedup_window
-  )
-  on conflict (topic, dedup_key) do update
-    set message_id = excluded.message_id, expires_at = excluded.expires_at
-    where p.expires_at <= clock_timestamp()
-  returning p.message_id into v_first_id;
-  if found then
-    return v_id;
-  end if;
-  select p.message_id into v_first_id from pgqueue.published_keys p
-  where p.topic = claim_dedup_key.topic and p.dedup_key = claim_dedup_key.dedup_key;
-  return -v_first_id;
+  loop
+    insert into pgqueue.published_keys as p (topic, dedup_key, message_id, expires_at)
+    values (
+      claim_dedup_key.topic, claim_dedup_key.dedup_key, v_id, clock_timestamp() + dedup_window
+    )
+    on conflict (topic, dedup_key) do update
+      set message_id = excluded.message_id, expires_at = excluded.expires_at
+      where p.expires_at <= clock_timestamp()
+    returning p.message_id into v_first_id;
+    if found then
+      return v_id;
+    end if;
+    select p.message_id into v_first_id from pgqueue.published_keys p
+    where p.topic = claim_dedup_key.topic and p.dedup_key = claim_dedup_key.dedup_key;
+    if found then
+      return -v_first_id;
+    end if;
+    -- it ended, and maintain() deleted it, between the two statements
+  end loop;
 exception when deadlock_detected then
   raise exception using
     errcode = 'deadlock_detected',

@@ -179,7 +179,12 @@ begin
   foreach v_table in array
     array['deliveries', 'leases', 'retries', 'held_keys', 'failures', 'expired', 'lanes']
   loop
-    v_rows := pgqueue.delete_unlocked(v_table, subscription_id);
+    execute format(
+      'delete from pgqueue.%1$I where ctid in ('
+        'select ctid from pgqueue.%1$I where subscription_id = $1 for update skip locked)',
+      v_table
+    ) using subscription_id;
+    get diagnostics v_rows = row_count;
     v_sum := v_sum + v_rows;
   end loop;
   return v_sum;
@@ -215,20 +220,27 @@ begin
   );
 end $$;
 
-create function pgqueue.delete_unlocked(table_name text, subscription_id int) returns bigint
+-- Whether nobody else has the lock under which messages of an ordered lane, or
+-- of a held key's queue, are taken. Lane 0 has none.
+create function pgqueue.lock_queue(subscription_id int, lane smallint, key_hash int)
+returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_rows bigint;
+#variable_conflict use_column
 begin
-  execute format(
-    'delete from pgqueue.%1$I where ctid in ('
-      'select ctid from pgqueue.%1$I where subscription_id = $1 for update skip locked)',
-    table_name
-  ) using subscription_id;
-  get diagnostics v_rows = row_count;
-  return v_rows;
+  if lock_queue.key_hash is not null then
+    perform from pgqueue.held_keys h
+    where h.subscription_id = lock_queue.subscription_id and h.key_hash = lock_queue.key_hash
+    for update skip locked;
+  elsif lock_queue.lane > 0 then
+    perform from pgqueue.lanes l
+    where l.subscription_id = lock_queue.subscription_id and l.lane = lock_queue.lane
+    for update skip locked;
+  else
+    return true;
+  end if;
+  return found;
 end $$;
 
 create function pgqueue.channel(subscription text) returns text

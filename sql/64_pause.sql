@@ -72,6 +72,7 @@ begin
   ) p;
   delete from pgqueue.failures f
   where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_purged);
+  perform pgqueue.release_key(v_subscription.subscription_id, k) from unnest(v_keys) k;
   return coalesce(cardinality(v_purged), 0);
 end $$;
 

@@ -176,14 +176,14 @@ begin
     select d.* from unnest(ids) i cross join lateral (
       select d.ctid, d.message_id, d.attempts from pgqueue.deliveries d
       where d.subscription_id = claim_named.subscription_id and d.lane = 0 and d.message_id = i
-        and (d.not_before <= v_now) is not false
+        and (d.not_before <= v_now) is not false and (d.expires_at > v_now) is not false
       for update skip locked
     ) d
   ), due as (
     select r.* from unnest(ids) i cross join lateral (
       select r.ctid, r.message_id, r.attempts from pgqueue.retries r
       where r.subscription_id = claim_named.subscription_id and r.key_hash is null
-        and r.message_id = i and r.due_at <= v_now
+        and r.message_id = i and r.due_at <= v_now and (r.expires_at > v_now) is not false
       for update skip locked
     ) r
   ), named as (
@@ -238,7 +238,7 @@ begin
     end if;
     exit when v_claim.message_ids is not null;
     exit when pgqueue.reclaim(s.subscription_id, 1) = 0
-      and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s));
+      and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s.subscription_id, s.max_attempts));
   end loop;
   return v_claim;
 end $$;

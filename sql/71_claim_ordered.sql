@@ -378,28 +378,26 @@ begin
   return v_claim;
 end $$;
 
--- Keys whose last lease ended without release_key: their row was locked then,
--- or the ack had an old snapshot. Not those that are blocked.
-create function pgqueue.release_idle_keys(s pgqueue.subscriptions) returns boolean
+-- Lets go of keys whose last lease ended without release_key (their row was
+-- locked then, or the ack had an old snapshot) in a lane, or in all of them.
+-- Not of those whose first message waits, or blocks. Returns whether any.
+create function pgqueue.release_idle_keys(
+  subscription_id int, max_attempts int, lane smallint default null
+) returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_key record;
-  v_found boolean := false;
+#variable_conflict use_column
 begin
-  for v_key in
-    select h.key_hash from pgqueue.held_keys h
-    where h.subscription_id = s.subscription_id
-      and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
-      and not exists (
-        select from pgqueue.retries r
-        where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
-          and (r.due_at < 'infinity' or r.attempts >= s.max_attempts)
-      )
-  loop
-    perform pgqueue.release_key(s.subscription_id, v_key.key_hash);
-    v_found := true;
-  end loop;
-  return v_found;
+  perform pgqueue.release_key(h.subscription_id, h.key_hash)
+  from pgqueue.held_keys h left join lateral (
+    select r.due_at, r.attempts from pgqueue.retries r
+    where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+    order by r.message_id limit 1
+  ) first on true
+  where h.subscription_id = release_idle_keys.subscription_id
+    and (release_idle_keys.lane is null or h.lane = release_idle_keys.lane)
+    and (first.due_at < 'infinity' or first.attempts >= release_idle_keys.max_attempts) is not true
+    and not exists (select from pgqueue.leases e where e.receipt = h.receipt);
+  return found;
 end $$;

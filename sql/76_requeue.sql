@@ -66,12 +66,12 @@ begin
   with back as (
     select
       i.id, i.attempts,
-      case when (s).on_exhausted = 'block' and i.attempts >= (s).max_attempts then 'infinity'
-        -- once expired it is due, to be put away
-        else least(
-          coalesce(put_back.due_at, pgqueue.retry_due(s, i.attempts)),
-          m.expires_at, m.published_at + (s).max_age
-        ) end as due_at,
+      -- once expired it is due, to be put away
+      least(
+        case when (s).on_exhausted = 'block' and i.attempts >= (s).max_attempts then 'infinity'
+          else coalesce(put_back.due_at, pgqueue.retry_due(s, i.attempts)) end,
+        m.expires_at, m.published_at + (s).max_age
+      ) as due_at,
       least(m.expires_at, m.published_at + (s).max_age) as expires_at,
       pgqueue.key_hash(m.key) as key_hash,
       case when (l).lane = 0 then 'retries'
@@ -160,7 +160,11 @@ begin
   select s.* into v_subscription from pgqueue.subscriptions s
   where s.subscription_id = v_lease.subscription_id;
   if found then
-    perform pgqueue.put_back(v_subscription, v_lease, clock_timestamp(), false, false);
+    -- one that was tried before may be by itself since it ended a lease: it stays so
+    perform pgqueue.put_back(
+      v_subscription, v_lease, clock_timestamp(),
+      cardinality(v_lease.message_ids) = 1 and v_lease.attempts[1] > 0, false
+    );
   end if;
   perform pgqueue.wake_when_settled(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
@@ -170,10 +174,10 @@ comment on function pgqueue.release(bigint, bigint[]) is
   'Gives messages of a receipt back untouched, all or the named ones: for a consumer that stops before it has tried them. The attempt does not count. Returns how many. Error PQ003 if the lease is lost.';
 
 -- Takes back the leases of the subscription whose deadline has passed or whose
--- owner is dead, and returns how many deliveries that brought back. They are handed out one at a
--- time from then on: nobody knows which one of the batch was to blame. Until
--- the commit nobody else sees them, so whose transaction may be long takes one
--- lease only.
+-- owner is dead, and returns how many deliveries that brought back. They are
+-- handed out one at a time from then on: nobody knows which one of the batch was
+-- to blame. Until the commit nobody else sees them, so whose transaction may be
+-- long takes one lease only.
 create function pgqueue.reclaim(subscription_id int, max_leases int) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -183,22 +187,29 @@ declare
   v_now timestamptz := clock_timestamp();
   v_ended record := pgqueue.ended_leases(subscription_id);
   v_lease pgqueue.leases;
+  v_leases int := 0;
   v_count int := 0;
 begin
   if v_ended.overdue is null and v_ended.orphaned is null then
     return 0;
   end if;
   for v_lease in
-    select e.* from pgqueue.leases e
-    where e.receipt = any (v_ended.overdue || v_ended.orphaned)
+    select e.* from pgqueue.leases e where e.receipt = any (v_ended.overdue || v_ended.orphaned)
+  loop
+    -- Only by whoever may take the messages then: if one had the lane and
+    -- another one its lease, neither would get them.
+    continue when not pgqueue.lock_queue(v_lease.subscription_id, v_lease.lane, v_lease.key_hash);
+    select e.* into v_lease from pgqueue.leases e
+    where e.receipt = v_lease.receipt
       -- it may have been extended meanwhile
       and (e.deadline < v_now or e.receipt = any (v_ended.orphaned))
-    limit max_leases
-    for update skip locked
-  loop
+    for update skip locked;
+    continue when not found;
     v_lease := pgqueue.settle(v_lease, null);
     perform pgqueue.give_back(v_lease, v_now, true, 'the lease ended without ack or requeue');
     v_count := v_count + cardinality(v_lease.message_ids);
+    v_leases := v_leases + 1;
+    exit when v_leases = max_leases;
   end loop;
   if v_count > 0 then
     perform pgqueue.wake_when_settled(subscription_id);

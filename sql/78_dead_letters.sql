@@ -102,7 +102,7 @@ begin
 end $$;
 
 comment on function pgqueue.redrive(text, bigint[], interval, int) is
-  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids, times and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place, unless older_than or max_messages is given. Returns how many.';
+  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids, times and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place, unless older_than or max_messages is given. max_backlog does not hinder it. Returns how many.';
 
 -- Lets messages that block be tried again: their attempts count from 0.
 create function pgqueue.unblock(s pgqueue.subscriptions, message_ids bigint[]) returns int
@@ -116,14 +116,13 @@ declare
 begin
   with in_lane as (
     update pgqueue.deliveries d set attempts = 0, not_before = null
-    where d.subscription_id = s.subscription_id and d.not_before = 'infinity'
+    where d.subscription_id = s.subscription_id and d.attempts >= s.max_attempts
       and d.lane = any (v_lanes)
       and (unblock.message_ids is null or d.message_id = any (unblock.message_ids))
     returning d.message_id
   ), in_queue as (
     update pgqueue.retries r set attempts = 0, due_at = clock_timestamp()
-    where r.subscription_id = s.subscription_id and r.due_at = 'infinity'
-      and r.attempts >= s.max_attempts
+    where r.subscription_id = s.subscription_id and r.attempts >= s.max_attempts
       and (r.key_hash is null or r.key_hash = any (v_keys))
       and (unblock.message_ids is null or r.message_id = any (unblock.message_ids))
     returning r.message_id
@@ -148,7 +147,7 @@ as $$
 #variable_conflict use_column
 declare
   v_ids bigint[];
-  v_subscription_id int;
+  v_subscription pgqueue.subscriptions;
   v_lanes smallint[];
   v_keys int[];
   v_blocked bigint[];
@@ -160,22 +159,21 @@ begin
   where x.subscription = discard.subscription and x.message_id = any (v_ids);
 
   -- the dead letters of a dropped subscription can be discarded too
-  select s.subscription_id into v_subscription_id
+  select s.* into v_subscription
   from pgqueue.subscriptions s where s.subscription = discard.subscription;
   if found and discard.message_ids is not null then
-    v_lanes := pgqueue.lock_lanes(v_subscription_id);
-    v_keys := pgqueue.lock_held_keys(v_subscription_id);
+    v_lanes := pgqueue.lock_lanes(v_subscription.subscription_id);
+    v_keys := pgqueue.lock_held_keys(v_subscription.subscription_id);
     with in_lane as (
       delete from pgqueue.deliveries d
-      where d.subscription_id = v_subscription_id and d.not_before = 'infinity'
-        and d.lane = any (v_lanes)
+      where d.subscription_id = v_subscription.subscription_id
+        and d.attempts >= v_subscription.max_attempts and d.lane = any (v_lanes)
         and d.message_id = any (discard.message_ids)
       returning d.message_id
     ), in_queue as (
       delete from pgqueue.retries r
-      using pgqueue.subscriptions s
-      where s.subscription_id = v_subscription_id and r.subscription_id = v_subscription_id
-        and r.due_at = 'infinity' and r.attempts >= s.max_attempts
+      where r.subscription_id = v_subscription.subscription_id
+        and r.attempts >= v_subscription.max_attempts
         and (r.key_hash is null or r.key_hash = any (v_keys))
         and r.message_id = any (discard.message_ids)
       returning r.message_id
@@ -184,10 +182,9 @@ begin
       select message_id from in_lane union all select message_id from in_queue
     ) b;
     delete from pgqueue.failures f
-    where f.subscription_id = v_subscription_id and f.message_id = any (v_blocked);
-    perform pgqueue.release_key(h.subscription_id, h.key_hash)
-    from pgqueue.held_keys h where h.subscription_id = v_subscription_id;
-    perform pgqueue.wake_when_settled(v_subscription_id);
+    where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_blocked);
+    perform pgqueue.release_key(v_subscription.subscription_id, k) from unnest(v_keys) k;
+    perform pgqueue.wake_when_settled(v_subscription.subscription_id);
   end if;
   return coalesce(cardinality(v_ids), 0) + coalesce(cardinality(v_blocked), 0);
 end $$;

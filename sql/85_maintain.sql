@@ -44,15 +44,8 @@ begin
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
   perform pgqueue.reclaim(subscription_id, 100);
-  perform pgqueue.release_key(h.subscription_id, h.key_hash)
-  from pgqueue.held_keys h
-  where h.subscription_id = tend.subscription_id and h.lane = tend.lane
-    and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
-    and not exists (
-      select from pgqueue.retries r
-      where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
-        and r.due_at < 'infinity'
-    );
+  perform pgqueue.release_idle_keys(s.subscription_id, s.max_attempts, tend.lane)
+  from pgqueue.subscriptions s where s.subscription_id = tend.subscription_id;
 
   if v_low >> 16 > v_lane.low >> 16
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)

@@ -217,3 +217,11 @@ def test_ordered_subscription_gets_what_waited_for_another_publisher(database: D
     assert receive_all(connection, "o") == []
     second.commit()
     assert receive_all(connection, "o") == [2, 3]
+
+
+def test_long_key_is_refused(database: Database) -> None:
+    connection = open_queue(database)
+    put_once(connection, 1, "k" * 1000)
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="has 1002 bytes"):
+        put_once(connection, 2, "é" * 501)
+    assert receive_all(connection) == [1]

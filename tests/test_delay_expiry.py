@@ -98,6 +98,19 @@ def test_delay_and_deliver_at_exclude_each_other_and_neither_is_negative(
     assert status(connection) == {}
 
 
+@pytest.mark.parametrize("never", ["infinity", "-infinity"])
+def test_message_is_not_delayed_for_ever(database: Database, never: str) -> None:
+    connection = open_queue(database, "key")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"deliver_at is {never}"):
+        put(connection, 1, "a", deliver_at=never)
+    with pytest.raises(psycopg.errors.CheckViolation, match="is_finite"):
+        connection.execute(
+            "insert into pgqueue.messages (topic, payload, deliver_at) values ('t', '1', %s)",
+            [never],
+        )
+    assert status(connection) == {}
+
+
 def test_delayed_messages_come_in_the_order_in_which_they_are_due(database: Database) -> None:
     connection = open_queue(database, "none")
     for payload, delay in ((1, "3 hours"), (2, "1 hour"), (3, "2 hours"), (4, "0 s")):
@@ -218,6 +231,31 @@ def test_message_that_waits_for_its_retry_expires(database: Database, ordering: 
     requeue(connection, receive(connection, "s"), "1 hour", "no")
     let_pass(connection, "2 hours")
     put(connection, 2, "a")
+    assert receive_all(connection) == [2]
+    assert dead_letters(connection) == [(1, "expired", 1)]
+
+
+@orderings
+def test_expired_message_is_not_taken_by_its_id(database: Database, ordering: str) -> None:
+    connection = open_queue(database, ordering)
+    expired = put(connection, 1, "a", expires_at="2000-01-01")
+    with pytest.raises(psycopg.Error) as caught:
+        connection.execute("select pgqueue.mark_delivered('s', %s)", [[expired]])
+    assert caught.value.sqlstate == "PQ004"
+
+
+@pytest.mark.parametrize("ordering", ["total", "key"])
+def test_message_that_blocks_expires(database: Database, ordering: str) -> None:
+    connection = open_queue(
+        database, ordering, max_attempts="1", on_exhausted="block", max_age="1 hour"
+    )
+    put(connection, 1, "a")
+    requeue(connection, receive(connection, "s"))
+    let_pass(connection, "30 min")
+    put(connection, 2, "a")
+    assert receive_all(connection) == []
+    assert await_seconds(connection, poll="1 day") == pytest.approx(1800, abs=60)
+    let_pass(connection, "31 min")
     assert receive_all(connection) == [2]
     assert dead_letters(connection) == [(1, "expired", 1)]
 

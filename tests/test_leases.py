@@ -170,6 +170,24 @@ def test_lost_leases_come_back_before_a_backlog_ends(database: Database) -> None
     assert 1 in seen
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_ended_lease_of_a_lane_or_key_that_another_has_locked_is_left_to_him(
+    database: Database, held: bool
+) -> None:
+    first, second = database.connect(), database.connect(autocommit=True)
+    subscribe(second, "s", ordering="key" if held else "total")
+    second.execute("select pgqueue.publish('t', '1', key => 'a')")
+    if held:
+        second.execute("select pgqueue.requeue(receipt) from pgqueue.receive('s')")
+    receive(second, "s", 1, "1 hour")
+    query = "select from pgqueue.lanes for update"
+    first.execute(query.replace("lanes", "held_keys") if held else query)
+    expire_leases(second)
+    assert receive(second, "s") == []
+    assert one(second, "select count(*) from pgqueue.leases") == 1
+    assert payloads(receive(first, "s")) == [1]
+
+
 @orderings
 def test_of_consumers_that_reclaim_at_once_one_gets_the_message(
     database: Database, ordering: str

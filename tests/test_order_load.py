@@ -147,7 +147,8 @@ def test_nothing_is_lost_doubled_or_out_of_order(
 @pytest.mark.one_backend
 def test_the_same_run_without_floors_shows_faults(database: Database, admin: Connection) -> None:
     without_floors(admin)
-    assert run(database, admin).faults() != []
+    # on a busy machine a single run may be lucky
+    assert any(run(database, admin).faults() for _ in range(10))
 
 
 def test_the_check_sees_every_fault() -> None:

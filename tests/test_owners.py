@@ -220,6 +220,22 @@ def test_squatter_on_the_number_of_a_dead_owner_does_not_keep_him_alive(
     assert seen(receive(other, "s")) == [(1, 2)]
 
 
+def test_prepared_transaction_that_squats_on_the_number_does_not_keep_its_owner_alive(
+    database: Database,
+) -> None:
+    consumer, owner = owned(database)
+    other, squatter = database.connect(autocommit=True), database.connect()
+    terminate(other, consumer)
+    squatter.execute("select pg_advisory_xact_lock(pgqueue.owner_locks(), %s)", [owner])
+    name = f"squat_{owner}_{squatter.info.backend_pid}"
+    squatter.execute(f"prepare transaction '{name}'")
+    squatter.commit()
+    try:
+        assert seen(receive(other, "s")) == [(1, 2)]
+    finally:
+        other.execute(f"rollback prepared '{name}'")
+
+
 def test_session_killed_by_idle_session_timeout_gives_back(database: Database) -> None:
     consumer, _ = owned(database)
     other = database.connect(autocommit=True)

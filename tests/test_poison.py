@@ -131,6 +131,16 @@ def test_release_of_a_message_alone_leaves_its_attempts(database: Database, orde
     assert dead_letters(connection) == [(1, "attempts exhausted", 2)]
 
 
+@orderings
+def test_release_of_a_message_alone_leaves_it_alone(database: Database, ordering: str) -> None:
+    connection = open_queue(database, ordering)
+    for payload in (1, 2, 3):
+        put(connection, payload, "k")
+    receive_and_die(connection)
+    release(connection, receive(connection, "s", 10))
+    assert sorted(receive_batches(connection)) == [[1], [2], [3]]
+
+
 def exhaust(connection: Connection, payload: int) -> int:
     """Fail the next message until it blocks; its id."""
     (message,) = receive(connection, "s")

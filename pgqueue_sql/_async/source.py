@@ -62,23 +62,19 @@ class AsyncSQLSource:
         connect: Connect,
         subscription: str,
         *,
-        settings: dict[str, Any] | None = None,
         lease: float = 30.0,
         poll: float = 1.0,
         listen: bool = True,
     ) -> None:
         self.lease = lease
         self._subscription = subscription
-        self._settings = settings
         self._poll = poll
         self._listen = listen
         self._waker = Waker()
         self._session = AsyncSession(connect, subscription, self._waker, listen=listen)
 
     async def subscribe(self) -> None:
-        """Create the subscription, if settings for it were given."""
-        if self._settings is not None:
-            await self._session.execute(*call("subscribe", self._subscription, **self._settings))
+        """Do nothing: `Queue.subscribe` creates it, and to fetch from an unknown one fails."""
 
     async def listen(self) -> None:
         """Connect, and LISTEN."""
