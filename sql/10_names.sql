@@ -46,22 +46,8 @@ create function pgqueue.is_name(name text) returns boolean
 language sql immutable parallel safe
 return name <> '' and length(name) <= 200 and name !~ '^ |[''"`%\\\u0001-\u001f\u007f-\u009f]';
 
--- Domains, because the CHECK constraint of a table is parsed anew for every
--- statement, which costs as much as a row. Not by is_name, which the role that
--- inserts into pgqueue.messages need not be allowed to call.
-create domain pgqueue.topic_name as text
-  constraint is_a_name check (
-    value <> '' and length(value) <= 200 and value !~ '^ |[''"`%\\\u0001-\u001f\u007f-\u009f]'
-  );
-create domain pgqueue.message_headers as jsonb
-  constraint is_an_object check (jsonb_typeof(value) = 'object');
--- Infinity is what waits without end elsewhere: behind a held key, or blocked.
-create domain pgqueue.delivery_time as timestamptz
-  constraint is_finite check (isfinite(value));
-
 create function pgqueue.require_name(kind text, name text) returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if name is null then
@@ -81,7 +67,6 @@ end $$;
 
 create function pgqueue.require_positive(argument text, amount int) returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if amount is null or amount < 1 then
@@ -95,7 +80,6 @@ end $$;
 create function pgqueue.require_duration(argument text, duration interval, zero_allowed boolean)
 returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if duration is null or duration < '0 s' or (duration = '0 s' and not zero_allowed)
@@ -115,7 +99,6 @@ end $$;
 -- they guard in the next, which must see the newest commits.
 create function pgqueue.require_read_committed(caller text) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then

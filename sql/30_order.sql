@@ -36,6 +36,11 @@ where l.locktype = 'advisory'
   and l.objsubid = 2
   and l.granted;
 
+-- False if somebody has the lock exclusively, who can only be a squatter.
+create function pgqueue.lock_floor(floor bigint) returns boolean
+language sql volatile
+return pg_try_advisory_xact_lock_shared(pgqueue.floor_locks(), pgqueue.floor_key(floor));
+
 -- Takes the transaction's floor, once, and returns it. The setting that
 -- remembers it is transaction-local and goes with a savepoint, as the lock
 -- does; it carries the transaction's id, for a setting left over from
@@ -43,7 +48,6 @@ where l.locktype = 'advisory'
 -- settled() goes by it.
 create function pgqueue.take_floor() returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_xid text := pg_current_xact_id()::text;
@@ -54,15 +58,17 @@ begin
     return split_part(v_taken, ':', 2)::bigint;
   end if;
   v_floor := pgqueue.last_id();
-  perform pg_advisory_xact_lock_shared(pgqueue.floor_locks(), pgqueue.floor_key(v_floor));
-  perform set_config('pgqueue.floor', v_xid || ':' || v_floor, true);
+  -- a squatter holds nobody up: a lower floor is as true
+  while not pgqueue.lock_floor(v_floor) loop
+    v_floor := v_floor - 1;
+  end loop;
+  v_taken := set_config('pgqueue.floor', v_xid || ':' || v_floor, true);
   return v_floor;
 end $$;
 
 -- The highest id up to which every message is settled.
 create function pgqueue.settled_by_floors(last_id bigint) returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   return least(last_id, (select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f));
@@ -77,7 +83,6 @@ end $$;
 -- one that ended.)
 create function pgqueue.settled() returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_last_id bigint := pgqueue.last_id();
@@ -96,7 +101,6 @@ end $$;
 -- take all that fetch_pending returned.
 create function pgqueue.settled_before() returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settled bigint := pgqueue.settled();

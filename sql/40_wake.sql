@@ -24,32 +24,32 @@ return not (
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
 );
 
--- Notifies the consumers of the subscription if one waits. Not with
--- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
--- that a stuck listener let run full, where it would fail the publisher: the
--- consumers' polling finds the message then.
-create function pgqueue.wake(subscription_id int) returns void
+-- Not with pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into
+-- a queue that a stuck listener let run full, where it would fail the publisher:
+-- the consumers' polling finds the message then.
+create function pgqueue.notify(subscription_id int) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if pgqueue.someone_waits(subscription_id)
-    and lower(coalesce(current_setting('pgqueue.notify', true), '')) not in ('off', 'false', 'no', '0')
+  if lower(coalesce(current_setting('pgqueue.notify', true), '')) not in ('off', 'false', 'no', '0')
     and pg_notification_queue_usage() < 0.5
   then
     perform pg_notify(pgqueue.channel_of(subscription_id), '');
   end if;
+  return true;
 end $$;
+
+-- Notifies the consumers of the subscription if one waits. True in any case, to
+-- stand in a WHERE: as a part of the fan-out it costs a fraction of a query.
+create function pgqueue.wake(subscription_id int) returns boolean
+language sql volatile
+return not pgqueue.someone_waits(subscription_id) or pgqueue.notify(subscription_id);
 
 -- Like wake, for transactions that settle a lease. Their commit may be far
 -- away (an ack in the handler's own transaction): the lock lets await() see
 -- that something may become deliverable, as floors do for publishers.
-create function pgqueue.wake_when_settled(subscription_id int) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  -- try: who squats on the lock delays wake-ups, not acks
-  perform pg_try_advisory_xact_lock_shared(pgqueue.settling_locks(), subscription_id);
-  perform pgqueue.wake(subscription_id);
-end $$;
+create function pgqueue.wake_when_settled(subscription_id int) returns boolean
+language sql volatile
+-- try: who squats on the lock delays wake-ups, not acks
+return pg_try_advisory_xact_lock_shared(pgqueue.settling_locks(), subscription_id) is not null
+  and pgqueue.wake(subscription_id);

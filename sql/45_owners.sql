@@ -9,7 +9,6 @@
 -- Whether this session holds the lock of an owner's number.
 create function pgqueue.is_attached(owner int) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (
@@ -61,7 +60,6 @@ create function pgqueue.ended_leases(
   subscription_id int, out overdue bigint[], out orphaned bigint[]
 )
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare

@@ -1,12 +1,103 @@
--- Publishing is an INSERT into pgqueue.messages by any route: its triggers
--- take the floor, fan out and notify, for the whole statement at once.
+-- Publishing: the message, its fan-out to the subscriptions, and the wake-up of
+-- their consumers. publish and publish_batch do it themselves, past the triggers
+-- of pgqueue.messages, which do the same for INSERT and COPY.
+
+-- What stands in the way of a message, as an error.
+create function pgqueue.require_message(
+  topic text, payload_is_null boolean, headers jsonb, deliver_at timestamptz default null
+) returns void
+language plpgsql
+as $$
+begin
+  perform pgqueue.require_name('topic', topic);
+  if payload_is_null then
+    raise exception using
+      errcode = 'null_value_not_allowed',
+      message = format('the payload for topic %s is NULL', topic),
+      hint = 'To publish the JSON null, pass ''null''::jsonb.';
+  elsif jsonb_typeof(headers) <> 'object' then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('the headers for topic %s are a JSON %s', topic, jsonb_typeof(headers)),
+      hint = 'Pass headers as a JSON object, for example ''{"trace": "1"}'', or leave them out.';
+  elsif not isfinite(deliver_at) then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('deliver_at is %s', deliver_at),
+      hint = 'Pass a point in time, or leave deliver_at out.';
+  end if;
+end $$;
+
+-- Makes room for incoming messages. What stands in their way is decided by what
+-- waits and is visible: publishers side by side may go over the limit together.
+-- True in any case, like wake.
+create function pgqueue.limit_backlog(s pgqueue.subscriptions, incoming int) returns boolean
+language plpgsql
+as $$
+declare
+  v_excess bigint;
+begin
+  -- no more can wait than ids were drawn since low: mostly that is enough to know
+  if s.max_backlog - incoming >= pgqueue.last_id() - (
+    select min(l.low) from pgqueue.lanes l where l.subscription_id = s.subscription_id
+  ) then
+    return true;
+  end if;
+  select count(*) + incoming - s.max_backlog into v_excess
+  from pgqueue.lanes l cross join lateral (
+    select from pgqueue.deliveries d
+    where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+  ) d
+  where l.subscription_id = s.subscription_id;
+  if v_excess <= 0 then
+    return true;
+  elsif s.on_full = 'reject' then
+    raise exception using
+      errcode = 'PQ005',
+      message = format('subscription %s of topic %s is full', quote_ident(s.subscription), quote_ident(s.topic)),
+      detail = format('It may have %s messages waiting.', s.max_backlog),
+      hint = 'Publish again when its consumers have caught up. To drop the oldest instead, subscribe with on_full drop_oldest.';
+  end if;
+  begin
+    perform pgqueue.drop_oldest(s, v_excess);
+  exception when serialization_failure then
+    -- an old snapshot may not lock what others have changed: the next publisher drops it
+    return true;
+  end;
+  return true;
+end $$;
+
+-- What is locked among the oldest is being taken: nothing newer goes in its stead.
+create function pgqueue.drop_oldest(s pgqueue.subscriptions, excess bigint) returns void
+language plpgsql
+as $$
+declare
+  v_lanes smallint[] := pgqueue.lock_lanes(s.subscription_id);
+  v_dropped bigint[];
+begin
+  with unlocked as (
+    select d.ctid from pgqueue.deliveries d
+    where d.subscription_id = s.subscription_id and d.lane = any (v_lanes)
+      and d.message_id in (
+        select o.message_id from pgqueue.deliveries o
+        where o.subscription_id = s.subscription_id order by o.message_id limit excess
+      )
+    for update skip locked
+  ), dropped as (
+    delete from pgqueue.deliveries d where d.ctid = any (array(select u.ctid from unlocked u))
+    returning d.message_id
+  )
+  select array_agg(d.message_id) into v_dropped from dropped d;
+  perform pgqueue.bury(s, v_dropped, 'backlog full');
+end $$;
 
 create function pgqueue.before_publish() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_floor bigint := pgqueue.take_floor();
 begin
-  perform pgqueue.take_floor();
   return null;
 end $$;
 
@@ -26,8 +117,12 @@ as $$
 declare
   v_floor bigint := pgqueue.take_floor();
   v_last bigint := pgqueue.last_id();
-  v_subscription pgqueue.subscriptions;
 begin
+  perform pgqueue.require_message(m.topic, false, m.headers, m.deliver_at)
+  from new_messages m
+  where not pgqueue.is_name(m.topic) or jsonb_typeof(m.headers) <> 'object'
+    or not isfinite(m.deliver_at);
+
   insert into pgqueue.deliveries (subscription_id, lane, message_id, not_before, expires_at)
   select
     s.subscription_id, pgqueue.lane_of(s.ordering, s.lanes, m.key), m.message_id,
@@ -35,17 +130,12 @@ begin
   from new_messages m
   join pgqueue.subscriptions s on s.topic = m.topic
   where m.message_id > v_floor and m.message_id <= v_last;
-
   if found then
-    for v_subscription in
-      select s.* from pgqueue.subscriptions s
-      where s.topic in (select m.topic from new_messages m)
-    loop
-      if v_subscription.max_backlog is not null then
-        perform pgqueue.limit_backlog(v_subscription);
-      end if;
-      perform pgqueue.wake(v_subscription.subscription_id);
-    end loop;
+    -- after it: a statement may bring more than fits at all, and drops its own then
+    perform from pgqueue.subscriptions s
+    where s.topic in (select m.topic from new_messages m)
+      and (s.max_backlog is null or pgqueue.limit_backlog(s, 0))
+      and pgqueue.wake(s.subscription_id);
   end if;
   return null;
 end $$;
@@ -54,67 +144,10 @@ create trigger fan_out after insert on pgqueue.messages
 referencing new table as new_messages
 for each statement execute function pgqueue.fan_out();
 
-create function pgqueue.require_message(topic text, payload_is_null boolean, headers jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform pgqueue.require_name('topic', topic);
-  if payload_is_null then
-    raise exception using
-      errcode = 'null_value_not_allowed',
-      message = format('the payload for topic %s is NULL', topic),
-      hint = 'To publish the JSON null, pass ''null''::jsonb.';
-  elsif jsonb_typeof(headers) <> 'object' then
-    raise exception using
-      errcode = 'invalid_parameter_value',
-      message = format('the headers for topic %s are a JSON %s', topic, jsonb_typeof(headers)),
-      hint = 'Pass headers as a JSON object, for example ''{"trace": "1"}'', or leave them out.';
-  end if;
-end $$;
-
--- What stands in the way of a message is decided by what waits and is visible,
--- the publisher's own messages included: publishers side by side may go over
--- the limit together.
-create function pgqueue.limit_backlog(s pgqueue.subscriptions) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_excess bigint;
-  v_dropped bigint[];
-  v_lanes smallint[];
-begin
-  select count(*) - s.max_backlog into v_excess
-  from pgqueue.lanes l cross join lateral (
-    select from pgqueue.deliveries d
-    where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
-  ) d
-  where l.subscription_id = s.subscription_id;
-  if v_excess <= 0 then
-    return;
-  elsif s.on_full = 'reject' then
-    raise exception using
-      errcode = 'PQ005',
-      message = format('subscription %s of topic %s is full', quote_ident(s.subscription), quote_ident(s.topic)),
-      detail = format('It may have %s messages waiting.', s.max_backlog),
-      hint = 'Publish again when its consumers have caught up. To drop the oldest instead, subscribe with on_full drop_oldest.';
-  end if;
-  v_lanes := pgqueue.lock_lanes(s.subscription_id);
-  with oldest as (
-    select d.ctid from pgqueue.deliveries d
-    where d.subscription_id = s.subscription_id
-      and d.lane = any (v_lanes)
-    order by d.message_id limit v_excess for update skip locked
-  ), dropped as (
-    delete from pgqueue.deliveries d where d.ctid = any (array(select o.ctid from oldest o))
-    returning d.message_id
-  )
-  select array_agg(d.message_id) into v_dropped from dropped d;
-  perform pgqueue.bury(s, v_dropped, 'backlog full');
-end $$;
-
+-- Most calls are a transaction of their own, in which each expression costs its
+-- set-up and each statement several times that. So: one statement; the checks
+-- in full, and the errors, only where one is due; and no memory of the floor
+-- where the transaction began with it (should it publish again, it takes another).
 create function pgqueue.publish(
   topic text,
   payload jsonb,
@@ -128,52 +161,57 @@ create function pgqueue.publish(
 ) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
-  v_message_id bigint;
+  v_now timestamptz := clock_timestamp();
+  v_id bigint;
 begin
-  -- the full check, and its error, only where one is due: this is the hot path
-  if pgqueue.is_name(topic) is not true or payload is null or headers is not null then
-    perform pgqueue.require_message(topic, payload is null, headers);
-  end if;
-  if delay is not null then
-    perform pgqueue.require_duration('delay', delay, true);
-    if deliver_at is not null then
-      raise exception using
-        errcode = 'invalid_parameter_value',
-        message = 'both delay and deliver_at are given',
-        hint = 'Pass one of them: how long to wait, or until when.';
+  if (pgqueue.is_name(topic) and payload is not null) is not true
+    or num_nonnulls(headers, delay, deliver_at, dedup_key) > 0
+  then
+    if delay is not null then
+      perform pgqueue.require_duration('delay', delay, true);
+      if deliver_at is not null then
+        raise exception using
+          errcode = 'invalid_parameter_value',
+          message = 'both delay and deliver_at are given',
+          hint = 'Pass one of them: how long to wait, or until when.';
+      end if;
+      deliver_at := v_now + delay;
     end if;
-    deliver_at := clock_timestamp() + delay;
-  elsif not isfinite(deliver_at) then
-    raise exception using
-      errcode = 'invalid_parameter_value',
-      message = format('deliver_at is %s', deliver_at),
-      hint = 'Pass a point in time, or leave deliver_at out.';
-  end if;
-  if dedup_key is null then
-    insert into pgqueue.messages as m (topic, payload, headers, key, deliver_at, expires_at)
-    values (topic, payload, headers, key, deliver_at, expires_at)
-    returning m.message_id into v_message_id;
-    return v_message_id;
+    perform pgqueue.require_message(topic, payload is null, headers, deliver_at);
+    if dedup_key is not null then
+      perform pgqueue.take_floor();
+      v_id := pgqueue.claim_dedup_key(topic, dedup_key, dedup_window);
+      if v_id < 0 then
+        return -v_id;
+      end if;
+    end if;
   end if;
 
-  perform pgqueue.require_duration('dedup_window', dedup_window, false);
-  if octet_length(dedup_key) > 1000 then
-    raise exception using
-      errcode = 'invalid_parameter_value',
-      message = format('the dedup_key for topic %s has %s bytes', topic, octet_length(dedup_key)),
-      hint = 'Pass up to 1000 bytes, for example a hash of what is longer.';
+  if pg_current_xact_id_if_assigned() is not null
+    or (pg_current_xact_id() is not null and pgqueue.lock_floor(pgqueue.last_id())) is not true
+  then
+    perform pgqueue.take_floor();
   end if;
-  perform pgqueue.take_floor();
-  v_message_id := pgqueue.claim_dedup_key(topic, dedup_key, dedup_window);
-  if v_message_id < 0 then
-    return -v_message_id;
-  end if;
-  insert into pgqueue.messages (message_id, topic, payload, headers, key, deliver_at, expires_at)
-  values (v_message_id, topic, payload, headers, key, deliver_at, expires_at);
-  return v_message_id;
+  v_id := coalesce(v_id, nextval('pgqueue.message_ids'));
+  with message as (
+    insert into pgqueue.message_ring (
+      message_id, published_at, topic, payload, headers, key, deliver_at, expires_at
+    )
+    values (v_id, v_now, topic, payload, headers, key, deliver_at, expires_at)
+  )
+  insert into pgqueue.deliveries (subscription_id, lane, message_id, not_before, expires_at)
+  select
+    s.subscription_id, pgqueue.lane_of(s.ordering, s.lanes, key), v_id,
+    deliver_at, least(expires_at, v_now + s.max_age)
+  from pgqueue.subscriptions s
+  where s.topic = publish.topic
+    and (s.max_backlog is null or pgqueue.limit_backlog(s, 1))
+    and pgqueue.wake(s.subscription_id);
+  return v_id;
 end $$;
 
 comment on function pgqueue.publish is
@@ -187,13 +225,19 @@ dedup_key: a second publish to the topic with the same key within dedup_window (
 create function pgqueue.claim_dedup_key(topic text, dedup_key text, dedup_window interval)
 returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
   v_id bigint;
   v_first_id bigint;
 begin
+  perform pgqueue.require_duration('dedup_window', dedup_window, false);
+  if octet_length(dedup_key) > 1000 then
+    raise exception using
+      errcode = 'invalid_parameter_value',
+      message = format('the dedup_key for topic %s has %s bytes', topic, octet_length(dedup_key)),
+      hint = 'Pass up to 1000 bytes, for example a hash of what is longer.';
+  end if;
   -- the usual case of a second publish locks nothing
   select p.message_id into v_first_id from pgqueue.published_keys p
   where p.topic = claim_dedup_key.topic and p.dedup_key = claim_dedup_key.dedup_key
@@ -237,10 +281,14 @@ create function pgqueue.publish_batch(
 ) returns setof bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_variable
 declare
   v_bad_headers jsonb;
+  v_now timestamptz := clock_timestamp();
+  v_ids bigint[];
 begin
   if payloads is null then
     raise exception using
@@ -265,11 +313,27 @@ begin
     select h into v_bad_headers from unnest(headers) h where jsonb_typeof(h) <> 'object' limit 1;
   end if;
   perform pgqueue.require_message(topic, array_position(payloads, null) is not null, v_bad_headers);
-  return query
-  insert into pgqueue.messages as m (topic, payload, headers, key)
-  select topic, p.payload, p.headers, p.key
-  from unnest(payloads, headers, keys) as p (payload, headers, key)
-  returning m.message_id;
+
+  perform pgqueue.take_floor();
+  v_ids := array(select nextval('pgqueue.message_ids') from generate_series(1, cardinality(payloads)));
+  with message as (
+    insert into pgqueue.message_ring (message_id, published_at, topic, payload, headers, key)
+    select m.message_id, v_now, topic, m.payload, m.headers, m.key
+    from unnest(v_ids, payloads, headers, keys) as m (message_id, payload, headers, key)
+  )
+  insert into pgqueue.deliveries (subscription_id, lane, message_id, expires_at)
+  select s.subscription_id, m.lane, m.message_id, v_now + s.max_age
+  from pgqueue.subscriptions s
+  -- lateral: the subscriptions come first, and are woken once
+  cross join lateral (
+    select pgqueue.lane_of(s.ordering, s.lanes, m.key) as lane, m.message_id
+    from unnest(v_ids, keys) as m (message_id, key) offset 0
+  ) m
+  where s.topic = publish_batch.topic and pgqueue.wake(s.subscription_id);
+  -- after it: a batch may be more than fits at all, and drops its own then
+  perform from pgqueue.subscriptions s
+  where s.topic = publish_batch.topic and s.max_backlog is not null and pgqueue.limit_backlog(s, 0);
+  return query select unnest(v_ids);
 end $$;
 
 comment on function pgqueue.publish_batch(text, jsonb[], jsonb[], text[]) is

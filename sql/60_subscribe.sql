@@ -1,6 +1,5 @@
 create function pgqueue.subscription_named(subscription text) returns pgqueue.subscriptions
 language plpgsql stable
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_subscription pgqueue.subscriptions;
@@ -19,7 +18,6 @@ end $$;
 
 create function pgqueue.require_choice(argument text, choice text, choices text[]) returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if choice is null or choice <> all (choices) then
@@ -34,7 +32,6 @@ create function pgqueue.require_range(
   argument text, amount float8, lowest float8, highest float8
 ) returns void
 language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if amount is null or not amount between lowest and highest then
@@ -141,7 +138,7 @@ ordering: none, total (publish order, one consumer at a time) or key (the messag
 max_attempts: deliveries after which a message is given up, NULL for no end. on_exhausted: dead_letter, or block what is ordered behind it until redrive or discard.
 retry_delay, retry_factor, retry_ceiling, retry_jitter: how long a requeued message waits after its first attempt, by how much longer each time, at the most, and by which part of it more or less at random.
 max_age: how long after its publication a message is delivered at all; on_expired: dead_letter or discard what is older.
-max_backlog: how many messages may wait; on_full: reject the publish that brings more, or drop_oldest into the dead letters.';
+max_backlog: how many messages may wait, not counting those that are delayed or given back; on_full: reject the publish that brings more, or drop_oldest into the dead letters.';
 
 -- Waits for no consumer: what one has locked, and what publishers that do not
 -- see the end of the subscription still add, maintain() sweeps up later.
@@ -169,7 +166,6 @@ comment on function pgqueue.unsubscribe(text) is
 -- locked; returns how many rows. In the order in which deliveries move.
 create function pgqueue.sweep(subscription_id int) returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_table text;
@@ -195,7 +191,6 @@ end $$;
 -- lane 0 whoever takes something away skips the rows that are locked.
 create function pgqueue.lock_lanes(subscription_id int) returns smallint[]
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -209,7 +204,6 @@ end $$;
 -- The same for the held keys, whose rows are the locks of their queues.
 create function pgqueue.lock_held_keys(subscription_id int) returns int[]
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -225,7 +219,6 @@ end $$;
 create function pgqueue.lock_queue(subscription_id int, lane smallint, key_hash int)
 returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin

@@ -2,7 +2,6 @@
 
 create function pgqueue.set_paused(subscription text, paused boolean) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare

@@ -32,7 +32,6 @@ return least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1
 -- over must not starve the rest.
 create function pgqueue.retry_quota(l pgqueue.lanes, max_messages int) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_oldest bigint;
@@ -50,7 +49,6 @@ end $$;
 create function pgqueue.claim_unordered(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -121,7 +119,6 @@ create function pgqueue.expire_claimed(
   s pgqueue.subscriptions, delivery_tids tid[], retry_tids tid[], at timestamptz
 ) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ids bigint[];
@@ -165,7 +162,6 @@ end;
 -- The named deliveries of lane 0, as far as they can be locked.
 create function pgqueue.claim_named(subscription_id int, ids bigint[]) returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -208,7 +204,6 @@ end $$;
 create function pgqueue.claim_pending(s pgqueue.subscriptions, max_messages int, settled bigint)
 returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claim pgqueue.claim;
@@ -246,7 +241,6 @@ end $$;
 -- Turns a claim into a lease and returns its receipt.
 create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_receipt bigint := nextval('pgqueue.receipts');
@@ -285,7 +279,7 @@ begin atomic
   select m.message_id, m.topic, m.key, m.headers, m.payload, m.published_at, c.attempts::int
   from unnest(message_ids, attempts) with ordinality as c (message_id, attempts, place)
   cross join lateral (
-    select m.* from pgqueue.messages m
+    select m.* from pgqueue.message_ring m
     where m.message_id = c.message_id and ((m.message_id >> 16) & 3) = ((c.message_id >> 16) & 3)
     offset 0
   ) m

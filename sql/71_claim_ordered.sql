@@ -23,7 +23,6 @@ create function pgqueue.claim_ordered(
   s pgqueue.subscriptions, lane smallint, max_messages int, settled bigint
 ) returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -97,7 +96,6 @@ end $$;
 -- The first so many of a claim's deliveries; none is NULL.
 create function pgqueue.cut(c pgqueue.claim, keep int) returns pgqueue.claim
 language plpgsql immutable
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if keep < cardinality(c.message_ids) then
@@ -116,7 +114,6 @@ create function pgqueue.without_held(
   c pgqueue.claim, s pgqueue.subscriptions, lane smallint, at timestamptz
 ) returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -147,6 +144,10 @@ begin
   select array_agg(h.key_hash) into v_locked from (
     select h.key_hash from pgqueue.held_keys h
     where h.subscription_id = (s).subscription_id and h.lane = without_held.lane
+      -- not the others, which somebody else may want to work on
+      and h.key_hash in (
+        select pgqueue.key_hash(m.key) from pgqueue.messages_of(c.message_ids, null::smallint[]) m
+      )
     for share skip locked
   ) h;
 
@@ -189,7 +190,6 @@ create function pgqueue.claim_any_lane(
   s pgqueue.subscriptions, max_messages int, settled bigint
 ) returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claim pgqueue.claim;
@@ -222,7 +222,6 @@ end $$;
 create function pgqueue.claim_held_key(s pgqueue.subscriptions, key_hash int, max_messages int)
 returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -280,6 +279,8 @@ begin
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := v_held.lane;
   v_claim.key_hash := v_held.key_hash;
+  select pgqueue.tending_is_due(l, null) into v_claim.tending_is_due from pgqueue.lanes l
+  where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
   return v_claim;
 end $$;
 
@@ -287,7 +288,6 @@ end $$;
 create function pgqueue.claim_held(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claim pgqueue.claim;
@@ -311,7 +311,6 @@ end $$;
 -- left to tend().
 create function pgqueue.release_key(subscription_id int, key_hash int) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -339,13 +338,14 @@ begin
     delete from pgqueue.held_keys h
     where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash;
   elsif v_first.due_at = 'infinity' then
-    -- not if it is blocked: its attempts are used up
+    -- if its attempts are used up it blocks, until it expires
     select s.max_attempts into v_max_attempts from pgqueue.subscriptions s
     where s.subscription_id = release_key.subscription_id;
-    update pgqueue.retries r set due_at = clock_timestamp()
+    update pgqueue.retries r set due_at = case
+      when r.attempts >= v_max_attempts then coalesce(r.expires_at, 'infinity')
+      else clock_timestamp() end
     where r.subscription_id = v_first.subscription_id and r.key_hash = v_first.key_hash
-      and r.message_id = v_first.message_id
-      and (v_max_attempts is null or r.attempts < v_max_attempts);
+      and r.message_id = v_first.message_id;
   end if;
 end $$;
 
@@ -355,7 +355,6 @@ create function pgqueue.claim_named_by_key(
   s pgqueue.subscriptions, ids bigint[], settled bigint
 ) returns pgqueue.claim
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_key text;
@@ -385,7 +384,6 @@ create function pgqueue.release_idle_keys(
   subscription_id int, max_attempts int, lane smallint default null
 ) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin

@@ -2,7 +2,6 @@
 
 create function pgqueue.require_message_ids(message_ids bigint[]) returns bigint[]
 language plpgsql immutable
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if array_ndims(message_ids) = 1 and array_position(message_ids, null) is null then
@@ -18,7 +17,6 @@ end $$;
 -- when it is gone: then its messages are, or were, somebody else's.
 create function pgqueue.lease_of(receipt bigint) returns pgqueue.leases
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lease pgqueue.leases;
@@ -33,7 +31,6 @@ end $$;
 
 create function pgqueue.raise_lease_lost(receipt bigint) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if receipt is null then
@@ -53,7 +50,6 @@ end $$;
 -- lease itself shrinks by it, or goes.
 create function pgqueue.settle(inout l pgqueue.leases, message_ids bigint[])
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -124,7 +120,6 @@ comment on function pgqueue.ack(bigint, bigint[]) is
 -- holds it to its end, would keep from other keys.
 create function pgqueue.stamp_ack(subscription_id int) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare

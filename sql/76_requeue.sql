@@ -7,7 +7,6 @@ create function pgqueue.give_back(
   l pgqueue.leases, due_at timestamptz, alone boolean, error text
 ) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -59,7 +58,6 @@ create function pgqueue.put_back(
   s pgqueue.subscriptions, l pgqueue.leases, due_at timestamptz, alone boolean, failed boolean
 ) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -88,7 +86,7 @@ begin
         else 'lane' end as place
     from unnest((l).message_ids, (l).attempts) as i (id, attempts)
     cross join lateral (
-      select m.* from pgqueue.messages m
+      select m.* from pgqueue.message_ring m
       where m.message_id = i.id and ((m.message_id >> 16) & 3) = ((i.id >> 16) & 3)
       offset 0
     ) m
@@ -180,7 +178,6 @@ comment on function pgqueue.release(bigint, bigint[]) is
 -- long takes one lease only.
 create function pgqueue.reclaim(subscription_id int, max_leases int) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -197,14 +194,20 @@ begin
     select e.* from pgqueue.leases e where e.receipt = any (v_ended.overdue || v_ended.orphaned)
   loop
     -- Only by whoever may take the messages then: if one had the lane and
-    -- another one its lease, neither would get them.
-    continue when not pgqueue.lock_queue(v_lease.subscription_id, v_lease.lane, v_lease.key_hash);
-    select e.* into v_lease from pgqueue.leases e
-    where e.receipt = v_lease.receipt
-      -- it may have been extended meanwhile
-      and (e.deadline < v_now or e.receipt = any (v_ended.orphaned))
-    for update skip locked;
-    continue when not found;
+    -- another one its lease, neither would get them. Both or none.
+    begin
+      continue when not pgqueue.lock_queue(v_lease.subscription_id, v_lease.lane, v_lease.key_hash);
+      select e.* into v_lease from pgqueue.leases e
+      where e.receipt = v_lease.receipt
+        -- it may have been extended meanwhile
+        and (e.deadline < v_now or e.receipt = any (v_ended.orphaned))
+      for update skip locked;
+      if not found then
+        raise no_data_found;
+      end if;
+    exception when no_data_found then
+      continue;
+    end;
     v_lease := pgqueue.settle(v_lease, null);
     perform pgqueue.give_back(v_lease, v_now, true, 'the lease ended without ack or requeue');
     v_count := v_count + cardinality(v_lease.message_ids);

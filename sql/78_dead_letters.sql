@@ -4,7 +4,6 @@
 create function pgqueue.bury(s pgqueue.subscriptions, message_ids bigint[], reason text)
 returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   if message_ids is null then
@@ -39,7 +38,6 @@ create function pgqueue.dead_letters_of(
   subscription text, message_ids bigint[], older_than interval, max_messages int
 ) returns setof pgqueue.dead_letters
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -80,15 +78,14 @@ begin
     select * from pgqueue.dead_letters_of(redrive.subscription, message_ids, older_than, max_messages)
   loop
     v_id := nextval('pgqueue.message_ids');
-    -- into the leaf, past the triggers: it is for this subscription only
-    execute format(
-      'insert into pgqueue.messages_%s (message_id, published_at, topic, key, headers, payload)'
-      ' values ($1, $2, $3, $4, $5, $6)', (v_id >> 16) & 3
-    ) using v_id, clock_timestamp(), v_dead.topic, v_dead.key, v_dead.headers, v_dead.payload;
-    insert into pgqueue.deliveries (subscription_id, lane, message_id)
+    -- past the triggers: it is for this subscription only
+    insert into pgqueue.message_ring (message_id, topic, key, headers, payload)
+    values (v_id, v_dead.topic, v_dead.key, v_dead.headers, v_dead.payload);
+    insert into pgqueue.deliveries (subscription_id, lane, message_id, expires_at)
     values (
       v_subscription.subscription_id,
-      pgqueue.lane_of(v_subscription.ordering, v_subscription.lanes, v_dead.key), v_id
+      pgqueue.lane_of(v_subscription.ordering, v_subscription.lanes, v_dead.key), v_id,
+      clock_timestamp() + v_subscription.max_age
     );
     delete from pgqueue.dead_letters x
     where x.subscription = v_dead.subscription and x.message_id = v_dead.message_id;
@@ -107,7 +104,6 @@ comment on function pgqueue.redrive(text, bigint[], interval, int) is
 -- Lets messages that block be tried again: their attempts count from 0.
 create function pgqueue.unblock(s pgqueue.subscriptions, message_ids bigint[]) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lanes smallint[] := pgqueue.lock_lanes(s.subscription_id);

@@ -15,7 +15,6 @@ return 'pgqueue.waiting_' || subscription_id;
 
 create function pgqueue.is_registered(subscription_id int) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (
@@ -28,7 +27,6 @@ end $$;
 
 create function pgqueue.stop_waiting(subscription_id int) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_setting text := pgqueue.waiting_setting(subscription_id);
@@ -46,7 +44,6 @@ end $$;
 -- may have looked for waiters before since_id was the last one drawn.
 create function pgqueue.others_in_flight(subscription_id int, since_id bigint) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (
@@ -69,7 +66,6 @@ create function pgqueue.next_delivery(
   s pgqueue.subscriptions, out at timestamptz, out blocked boolean
 )
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := clock_timestamp();
@@ -80,7 +76,11 @@ begin
     (select min(e.deadline) from pgqueue.leases e
      where e.subscription_id = s.subscription_id and e.deadline > v_now),
     min(d.not_before) filter (where not d.is_leased and d.not_before > v_now)
-  ), coalesce(bool_or(not d.is_leased and (d.not_before > v_now) is not true), false) or exists (
+  ), coalesce(bool_or(
+    -- only in total order does a message that waits hold up the rest: elsewhere
+    -- it would be in retries, were it not in another transaction's hands
+    not d.is_leased and ((d.not_before > v_now) is not true or s.ordering <> 'total')
+  ), false) or exists (
     select from pgqueue.retries r
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
   ) or exists (
@@ -89,7 +89,8 @@ begin
   )
   into at, blocked
   from pgqueue.lanes l cross join lateral (
-    select d.not_before, exists (
+    -- once expired it is out of the way
+    select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
       select from pgqueue.leases e
       where e.subscription_id = l.subscription_id and e.lane = l.lane and e.lane > 0
         and e.key_hash is null and e.first_id > l.low

@@ -8,7 +8,6 @@
 -- has taken but not committed) and, in an ordered lane, what is leased.
 create function pgqueue.tend(subscription_id int, lane smallint, delivered boolean) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -79,7 +78,6 @@ execute function pgqueue.tend_at_commit();
 -- delivery that moves between the tables meanwhile is seen in one of them.
 create function pgqueue.leaf_is_needed(leaf int) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_oldest bigint;
@@ -115,20 +113,19 @@ end $$;
 -- waiting TRUNCATE makes others queue behind it, hence the short lock_timeout.
 create function pgqueue.recycle_leaf(leaf int) returns bigint
 language plpgsql
-set search_path = pg_catalog, pg_temp
 set lock_timeout = '25ms'
 as $$
 declare
   v_table text := format('pgqueue.messages_%s', leaf);
   v_bytes bigint;
 begin
-  if ((pgqueue.last_id() + 1) >> 16) & 3 = leaf
-    or pg_relation_size(v_table::regclass) = 0
-    or pgqueue.leaf_is_needed(leaf)
-  then
+  if ((pgqueue.last_id() + 1) >> 16) & 3 = leaf then
     return 0;
   end if;
   begin
+    if pg_relation_size(v_table::regclass) = 0 or pgqueue.leaf_is_needed(leaf) then
+      return 0;
+    end if;
     execute format('lock table %s in access exclusive mode', v_table);
   exception when lock_not_available or deadlock_detected then
     return 0;

@@ -40,7 +40,7 @@ left join (
   from pgqueue.expired g group by g.subscription_id
 ) g on g.subscription_id = s.subscription_id
 left join lateral (
-  select m.published_at from pgqueue.messages m
+  select m.published_at from pgqueue.message_ring m
   where m.message_id = least(d.first_id, r.first_id)
     and ((m.message_id >> 16) & 3) = ((least(d.first_id, r.first_id) >> 16) & 3)
 ) m on true

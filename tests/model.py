@@ -151,6 +151,7 @@ class Model:
         self, session: Session, subscription: Subscription, item_of: dict[str, Any]
     ) -> None:
         item = Item(subscription, due=self.now, **item_of)
+        item.expires = self.now + subscription.max_age
         subscription.items[item.message_id] = item
         session.change(item, state="waiting")
 

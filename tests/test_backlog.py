@@ -121,9 +121,27 @@ def test_messages_that_a_consumer_has_locked_are_not_dropped(database: Database)
     publish(connection, 2)
     assert payloads(fetch_pending(consumer, "s")) == [1]
     put(connection, 3)
-    assert dead_letters(connection) == [(2, "backlog full", 0)]
+    # nor are newer ones in their stead
+    assert dead_letters(connection) == []
     consumer.rollback()
-    assert receive_all(connection) == [1, 3]
+    put(connection, 4)
+    assert dead_letters(connection) == [(1, "backlog full", 0), (2, "backlog full", 0)]
+    assert receive_all(connection) == [3, 4]
+
+
+def test_publish_with_an_old_snapshot_leaves_the_drop_to_the_next(database: Database) -> None:
+    connection, publisher = database.connect(autocommit=True), database.connect()
+    subscribe(connection, "s", ordering="total", max_backlog=1, on_full="drop_oldest")
+    put(connection, 1)
+    publisher.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    publisher.execute("select 1")
+    connection.execute("update pgqueue.lanes set last_ack_at = '-infinity'")
+    put(publisher, 2)
+    publisher.commit()
+    assert dead_letters(connection) == []
+    put(connection, 3)
+    assert dead_letters(connection) == [(1, "backlog full", 0), (2, "backlog full", 0)]
+    assert receive_all(connection) == [3]
 
 
 def receive_beside(

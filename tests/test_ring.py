@@ -51,7 +51,7 @@ def messages_by_leaf(connection: Connection) -> dict[int, int]:
     sizes = column(
         connection,
         "select pg_relation_size(inhrelid) from pg_inherits"
-        " where inhparent = 'pgqueue.messages'::regclass order by inhrelid::regclass::text",
+        " where inhparent = 'pgqueue.message_ring'::regclass order by inhrelid::regclass::text",
     )
     return {leaf: counts[leaf] for leaf in range(4) if sizes[leaf] > 0}
 
