@@ -144,6 +144,14 @@ create index leases_owned on pgqueue.leases (subscription_id) where owner is not
 
 comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
 
+-- A consumer's housekeeping is due when its transaction commits (sql/85_maintain.sql).
+-- Always empty: the trigger that does it deletes the row.
+create table pgqueue.tending (
+  subscription_id int not null,
+  lane smallint not null
+);
+create index tending_lane on pgqueue.tending (subscription_id, lane);
+
 -- What has a key_hash is the queue of a held key: only its first message is
 -- handed out, once due; those behind it have due_at infinity.
 create table pgqueue.retries (

@@ -8,7 +8,7 @@
 -- consumer that goes to sleep between the look and the commit.
 
 create function pgqueue.channel_of(subscription_id int) returns text
-language sql immutable parallel safe
+language sql stable
 -- the id: channel names end at 63 bytes, and LISTEN cuts longer ones silently
 return 'pgqueue_' || subscription_id;
 

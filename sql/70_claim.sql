@@ -22,30 +22,64 @@ return least(attempts + 1, 32767);
 
 -- Whether tend() is worth its while: about once a second, or when fetches have
 -- come to start thousands of dead entries above low.
-create function pgqueue.tending_is_due(l pgqueue.lanes, first_id bigint) returns boolean
+create function pgqueue.tending_is_due(
+  low bigint, tended_at timestamptz, last_delivered_at timestamptz, first_id bigint
+) returns boolean
 language sql volatile
-return least(l.tended_at, l.last_delivered_at) < clock_timestamp() - interval '1 s'
-  or (first_id > l.low + 4096 and l.tended_at < clock_timestamp() - interval '50 ms');
+return least(tended_at, last_delivered_at) < clock_timestamp() - interval '1 s'
+  or (first_id > low + 4096 and tended_at < clock_timestamp() - interval '50 ms');
 
 -- How many of the messages may be due retries. All, unless the oldest delivery
 -- has waited for 10 seconds: then half of them, for retries that fail over and
 -- over must not starve the rest.
-create function pgqueue.retry_quota(l pgqueue.lanes, max_messages int) returns int
+create function pgqueue.retry_quota(subscription_id int, low bigint, max_messages int) returns int
 language plpgsql
 as $$
+#variable_conflict use_column
 declare
   v_oldest bigint;
 begin
   select d.message_id into v_oldest from pgqueue.deliveries d
-  where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+  where d.subscription_id = retry_quota.subscription_id and d.lane = 0
+    and d.message_id > retry_quota.low
   order by d.message_id limit 1;
   perform from pgqueue.messages_of(array[v_oldest], null::smallint[]) m
   where m.published_at < clock_timestamp() - interval '10 s';
   return case when found then floor(max_messages / 2.0 + random()) else max_messages end;
 end $$;
 
+-- Up to so many due retries. One that is marked alone comes by itself.
+create function pgqueue.claim_due(
+  subscription_id int, max_messages int, at timestamptz,
+  out tids tid[], out message_ids bigint[], out attempts smallint[], out unfit boolean,
+  out alone boolean
+)
+language plpgsql
+as $$
+#variable_conflict use_column
+begin
+  select r.alone into alone from pgqueue.retries r
+  where r.subscription_id = claim_due.subscription_id and r.due_at <= at and r.key_hash is null
+  order by r.due_at, r.message_id limit 1 for update skip locked;
+  if not found then
+    return;
+  end if;
+  select
+    array_agg(r.ctid), array_agg(r.message_id), array_agg(pgqueue.one_more(r.attempts)),
+    bool_or(r.expires_at <= at)
+  into tids, message_ids, attempts, unfit
+  from (
+    select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
+    where r.subscription_id = claim_due.subscription_id and r.due_at <= at
+      and r.key_hash is null and r.alone = claim_due.alone
+    order by r.due_at, r.message_id
+    limit case when claim_due.alone then 1 else max_messages end
+    for update skip locked
+  ) r;
+end $$;
+
 -- From lane 0: due retries first, then the oldest deliveries, passing over
--- what other consumers have locked. A retry marked alone comes by itself.
+-- what other consumers have locked.
 create function pgqueue.claim_unordered(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
@@ -53,42 +87,41 @@ as $$
 #variable_conflict use_column
 declare
   v_claim pgqueue.claim;
-  v_lane pgqueue.lanes;
   v_now timestamptz := clock_timestamp();
+  v_low bigint;
+  v_tended_at timestamptz;
+  v_last_delivered_at timestamptz;
   v_alone boolean;
-  v_retries int := 0;
-  v_retry_ids bigint[];
-  v_retry_attempts smallint[];
+  v_quota int := 0;
+  v_room int;
+  v_due record;
   v_unfit boolean;
-  v_retry_unfit boolean;
 begin
-  select l.* into v_lane from pgqueue.lanes l
+  select l.low, l.tended_at, l.last_delivered_at, r.alone
+  into v_low, v_tended_at, v_last_delivered_at, v_alone
+  from pgqueue.lanes l left join lateral (
+    select r.alone from pgqueue.retries r
+    where r.subscription_id = l.subscription_id and r.due_at <= v_now and r.key_hash is null
+    order by r.due_at, r.message_id limit 1
+  ) r on true
   where l.subscription_id = (s).subscription_id and l.lane = 0;
+  if v_alone is not null then
+    -- before a retry is locked: what is locked and not taken is kept from others
+    v_quota := pgqueue.retry_quota(
+      (s).subscription_id, v_low, case when v_alone then 1 else max_messages end
+    );
+  end if;
   loop
     v_claim := null;
-    v_retry_ids := null;
-    v_retry_attempts := null;
-    v_retry_unfit := false;
     v_unfit := false;
-    select r.alone into v_alone from pgqueue.retries r
-    where r.subscription_id = (s).subscription_id and r.due_at <= v_now and r.key_hash is null
-    order by r.due_at, r.message_id limit 1 for update skip locked;
-    if found then
-      v_retries := pgqueue.retry_quota(v_lane, case when v_alone then 1 else max_messages end);
-      select
-        array_agg(r.ctid), array_agg(r.message_id), array_agg(pgqueue.one_more(r.attempts)),
-        bool_or(r.expires_at <= v_now)
-      into v_claim.retry_tids, v_retry_ids, v_retry_attempts, v_retry_unfit
-      from (
-        select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
-        where r.subscription_id = (s).subscription_id and r.due_at <= v_now
-          and r.key_hash is null and r.alone = v_alone
-        order by r.due_at, r.message_id limit v_retries for update skip locked
-      ) r;
+    v_room := max_messages;
+    if v_quota > 0 then
+      v_due := pgqueue.claim_due((s).subscription_id, v_quota, v_now);
+      v_claim.retry_tids := v_due.tids;
+      v_room := case when v_due.alone then 0
+        else max_messages - coalesce(cardinality(v_due.tids), 0) end;
     end if;
-
-    v_retries := coalesce(cardinality(v_retry_ids), 0);
-    if v_retries < max_messages and (v_alone is not true or v_retries = 0) then
+    if v_room > 0 then
       select
         array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
         bool_or(d.expires_at <= v_now or d.not_before > v_now)
@@ -96,21 +129,30 @@ begin
       from (
         select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
         from pgqueue.deliveries d
-        where d.subscription_id = (s).subscription_id and d.lane = 0
-          and d.message_id > v_lane.low
-        order by d.message_id limit max_messages - v_retries for update skip locked
+        where d.subscription_id = (s).subscription_id and d.lane = 0 and d.message_id > v_low
+        order by d.message_id limit v_room for update skip locked
       ) d;
     end if;
-    exit when v_unfit is not true and v_retry_unfit is not true;
+    if v_alone is not null then
+      if v_quota = 0 and v_claim.message_ids is null then
+        v_quota := 1;  -- the retry was passed over for nothing
+        continue;
+      elsif v_quota > 0 then
+        v_claim.message_ids := v_due.message_ids || v_claim.message_ids;
+        v_claim.attempts := v_due.attempts || v_claim.attempts;
+        v_unfit := v_unfit or v_due.unfit;
+      end if;
+    end if;
+    exit when v_unfit is not true;
     perform pgqueue.expire_claimed(s, v_claim.delivery_tids, v_claim.retry_tids, v_now);
     perform pgqueue.delay_claimed(v_claim.delivery_tids, v_now);
   end loop;
 
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := 0;
-  v_claim.tending_is_due := pgqueue.tending_is_due(v_lane, v_claim.message_ids[1]);
-  v_claim.message_ids := v_retry_ids || v_claim.message_ids;
-  v_claim.attempts := v_retry_attempts || v_claim.attempts;
+  v_claim.tending_is_due := pgqueue.tending_is_due(
+    v_low, v_tended_at, v_last_delivered_at, v_claim.message_ids[1]
+  );
   return v_claim;
 end $$;
 
@@ -193,7 +235,8 @@ begin
   from named n;
   v_claim.subscription_id := subscription_id;
   v_claim.lane := 0;
-  select pgqueue.tending_is_due(l, v_claim.message_ids[1]) into v_claim.tending_is_due
+  select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, v_claim.message_ids[1])
+  into v_claim.tending_is_due
   from pgqueue.lanes l where l.subscription_id = claim_named.subscription_id and l.lane = 0;
   return v_claim;
 end $$;
@@ -246,16 +289,15 @@ declare
   v_receipt bigint := nextval('pgqueue.receipts');
   v_owner int := pgqueue.owner_of_session(owner);
 begin
-  if c.delivery_tids is not null then
-    delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids);
+  if c.tending_is_due then
+    insert into pgqueue.tending (subscription_id, lane) values (c.subscription_id, c.lane);
   end if;
   if c.retry_tids is not null then
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
   end if;
-  if c.tending_is_due then
-    -- for the trigger tend_at_commit; a restore, which inserts leases too, does not set it
-    perform set_config('pgqueue.tending', v_receipt::text, true);
-  end if;
+  with taken as (
+    delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids)
+  )
   insert into pgqueue.leases (
     receipt, subscription_id, lane, first_id, message_ids, attempts, key_hash,
     owner, owner_pid, deadline
@@ -281,6 +323,21 @@ begin atomic
   cross join lateral (
     select m.* from pgqueue.message_ring m
     where m.message_id = c.message_id and ((m.message_id >> 16) & 3) = ((c.message_id >> 16) & 3)
+    offset 0
+  ) m
+  order by c.place;
+end;
+
+-- The same for ids of one leaf. It is chosen once, not for each of them.
+create function pgqueue.messages_of_leaf(leaf int, message_ids bigint[], attempts smallint[])
+returns setof pgqueue.pending_message
+language sql stable
+begin atomic
+  select m.message_id, m.topic, m.key, m.headers, m.payload, m.published_at, c.attempts::int
+  from unnest(message_ids, attempts) with ordinality as c (message_id, attempts, place)
+  cross join lateral (
+    select m.* from pgqueue.message_ring m
+    where m.message_id = c.message_id and ((m.message_id >> 16) & 3) = leaf
     offset 0
   ) m
   order by c.place;

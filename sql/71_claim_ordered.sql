@@ -89,7 +89,9 @@ begin
   ));
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := lane;
-  v_claim.tending_is_due := pgqueue.tending_is_due(v_lane, v_claim.message_ids[1]);
+  v_claim.tending_is_due := pgqueue.tending_is_due(
+    v_lane.low, v_lane.tended_at, v_lane.last_delivered_at, v_claim.message_ids[1]
+  );
   return v_claim;
 end $$;
 
@@ -279,7 +281,8 @@ begin
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := v_held.lane;
   v_claim.key_hash := v_held.key_hash;
-  select pgqueue.tending_is_due(l, null) into v_claim.tending_is_due from pgqueue.lanes l
+  select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, null)
+  into v_claim.tending_is_due from pgqueue.lanes l
   where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
   return v_claim;
 end $$;

@@ -94,29 +94,53 @@ set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
+#variable_conflict use_variable
 declare
   v_subscription pgqueue.subscriptions;
   v_settled bigint;
   v_claim pgqueue.claim;
   v_receipt bigint;
 begin
-  perform pgqueue.require_read_committed('receive');
-  perform pgqueue.require_positive('max_messages', max_messages);
-  perform pgqueue.require_duration('lease', lease, false);
-  v_subscription := pgqueue.subscription_named(subscription);
-  perform pgqueue.stop_waiting(v_subscription.subscription_id);
+  if (
+    current_setting('transaction_isolation') = 'read committed' and max_messages > 0
+    and lease > interval '0 s' and lease < interval '100 years'
+  ) is not true then
+    perform pgqueue.require_read_committed('receive');
+    perform pgqueue.require_positive('max_messages', max_messages);
+    perform pgqueue.require_duration('lease', lease, false);
+  end if;
+  select s.* into v_subscription from pgqueue.subscriptions s
+  where s.subscription = receive.subscription;
+  if not found then
+    v_subscription := pgqueue.subscription_named(subscription);
+  end if;
+  if current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true) <> '' then
+    perform pgqueue.stop_waiting(v_subscription.subscription_id);
+  end if;
   if v_subscription.ordering <> 'none' then
     -- before the ack: it is cheaper in a transaction that has written nothing
     v_settled := pgqueue.settled();
   end if;
   if ack_receipt is not null then
-    perform pgqueue.ack(ack_receipt);
+    v_receipt := (pgqueue.ack_all(ack_receipt)).receipt;
   end if;
   v_claim := pgqueue.claim_pending(v_subscription, max_messages, v_settled);
+  if ack_receipt is not null and (v_claim.message_ids is null or v_claim.tending_is_due) then
+    perform pgqueue.stamp_ack(v_subscription.subscription_id);
+  end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner);
-    return query
-    select m.*, v_receipt from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;
+    if v_claim.retry_tids is null
+      and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16
+    then
+      return query
+      select m.*, v_receipt from pgqueue.messages_of_leaf(
+        ((v_claim.message_ids[1] >> 16) & 3)::int, v_claim.message_ids, v_claim.attempts
+      ) m;
+    else
+      return query
+      select m.*, v_receipt from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;
+    end if;
   end if;
 end $$;
 

@@ -86,6 +86,42 @@ begin
   end if;
 end $$;
 
+-- Settles a whole lease. Waits, and fails, like lease_of.
+create function pgqueue.ack_all(receipt bigint) returns pgqueue.leases
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_lease pgqueue.leases;
+begin
+  delete from pgqueue.leases e where e.receipt = ack_all.receipt returning e.* into v_lease;
+  if not found then
+    perform pgqueue.raise_lease_lost(receipt);
+  end if;
+  if v_lease.lane > 0 or v_lease.key_hash is not null or 1 <> any (v_lease.attempts) then
+    perform pgqueue.after_ack(v_lease);
+  end if;
+  return v_lease;
+end $$;
+
+-- What follows from an ack for other messages than those: the next of a key or
+-- of an ordered lane may come.
+create function pgqueue.after_ack(l pgqueue.leases) returns void
+language plpgsql
+as $$
+begin
+  if 1 <> any (l.attempts) then
+    delete from pgqueue.failures f
+    where f.subscription_id = l.subscription_id and f.message_id = any (l.message_ids);
+  end if;
+  if l.key_hash is not null then
+    perform pgqueue.release_key(l.subscription_id, l.key_hash);
+  end if;
+  if l.lane > 0 then
+    perform pgqueue.wake_when_settled(l.subscription_id);
+  end if;
+end $$;
+
 create function pgqueue.ack(receipt bigint, message_ids bigint[] default null) returns int
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -95,19 +131,15 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  v_lease pgqueue.leases := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
+  v_lease pgqueue.leases;
 begin
-  if 1 <> any (v_lease.attempts) then
-    delete from pgqueue.failures f
-    where f.subscription_id = v_lease.subscription_id and f.message_id = any (v_lease.message_ids);
-  end if;
-  if v_lease.key_hash is not null then
-    perform pgqueue.release_key(v_lease.subscription_id, v_lease.key_hash);
+  if message_ids is null then
+    v_lease := pgqueue.ack_all(receipt);
+  else
+    v_lease := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
+    perform pgqueue.after_ack(v_lease);
   end if;
   perform pgqueue.stamp_ack(v_lease.subscription_id);
-  if v_lease.lane > 0 then
-    perform pgqueue.wake_when_settled(v_lease.subscription_id);
-  end if;
   return cardinality(v_lease.message_ids);
 end $$;
 
@@ -122,22 +154,20 @@ create function pgqueue.stamp_ack(subscription_id int) returns void
 language plpgsql
 as $$
 #variable_conflict use_column
-declare
-  v_lane smallint;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;
   end if;
-  select l.lane into v_lane from pgqueue.lanes l
-  where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1;
-  perform from pgqueue.lanes l
-  where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane
-    and l.last_ack_at < clock_timestamp() - interval '1 s'
-  for update skip locked;
-  if found then
-    update pgqueue.lanes l set last_ack_at = clock_timestamp()
-    where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane;
-  end if;
+  update pgqueue.lanes l set last_ack_at = clock_timestamp()
+  where l.ctid = any (array(
+    select l.ctid from (
+      select l.lane from pgqueue.lanes l
+      where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1
+    ) first join pgqueue.lanes l
+      on l.subscription_id = stamp_ack.subscription_id and l.lane = first.lane
+    where l.last_ack_at < clock_timestamp() - interval '1 s'
+    for update of l skip locked
+  ));
 end $$;
 
 create function pgqueue.extend(receipt bigint, lease interval) returns timestamptz

@@ -10,7 +10,7 @@
 -- subscription, as the lock is the session's. It goes with a rollback though
 -- the lock stays, so await() believes pg_locks and not the setting.
 create function pgqueue.waiting_setting(subscription_id int) returns text
-language sql immutable parallel safe
+language sql stable
 return 'pgqueue.waiting_' || subscription_id;
 
 create function pgqueue.is_registered(subscription_id int) returns boolean

@@ -66,13 +66,14 @@ set plan_cache_mode = force_generic_plan
 as $$
 begin
   perform pgqueue.tend(new.subscription_id, new.lane, true);
+  delete from pgqueue.tending t
+  where t.subscription_id = new.subscription_id and t.lane = new.lane;
   return null;
 end $$;
 
-create constraint trigger tend_at_commit after insert on pgqueue.leases
+create constraint trigger tend_at_commit after insert on pgqueue.tending
 deferrable initially deferred
-for each row when (current_setting('pgqueue.tending', true) = new.receipt::text)
-execute function pgqueue.tend_at_commit();
+for each row execute function pgqueue.tend_at_commit();
 
 -- Whether a delivery refers to a message of the leaf. One statement, so that a
 -- delivery that moves between the tables meanwhile is seen in one of them.

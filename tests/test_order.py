@@ -20,7 +20,8 @@ def ids_received(connection: Connection, subscription: str) -> list[int]:
 def always_tend(connection: Connection) -> None:
     """Let every receive advance the low-water mark, not only one a second."""
     connection.execute(
-        "create or replace function pgqueue.tending_is_due(l pgqueue.lanes, first_id bigint)"
+        "create or replace function pgqueue.tending_is_due(low bigint, tended_at timestamptz,"
+        " last_delivered_at timestamptz, first_id bigint)"
         " returns boolean language sql volatile return true"
     )
 
