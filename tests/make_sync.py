@@ -15,8 +15,17 @@ from pathlib import Path
 import unasync  # type: ignore[import-untyped]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pgqueue_sql"
-GENERATED = ("message.py", "session.py", "source.py", "consumer.py", "subscription.py", "queue.py")
+GENERATED = (
+    "acks.py",
+    "message.py",
+    "session.py",
+    "source.py",
+    "consumer.py",
+    "subscription.py",
+    "queue.py",
+)
 RENAMED = {
+    "AsyncAcks": "Acks",
     "AsyncConnection": "Connection",
     "AsyncConsumer": "Consumer",
     "AsyncCursor": "Cursor",

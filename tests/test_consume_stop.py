@@ -107,26 +107,29 @@ def test_stop_at_any_step_calls_no_handler_after_it(
 ) -> None:
     queue = open_queue(database)
     queue.subscribe("s", "t")
-    expected = 0
-    if step == "ack":
-        expected = 1
-        queue.publish_batch("t", [1, 2])
-    elif step != "wait":
-        queue.publish_batch("t", [1, 2])
+    if step != "wait":
+        queue.publish_batch("t", [1, 2, 3])
+    expected = 2 if step == "ack" else 0
+    stopped = threading.Event()
 
     def before(this: str) -> None:
         if this == step:
             subscription.stop()
+            stopped.set()
             if step == "wait":
-                queue.publish_batch("t", [1, 2])
+                queue.publish_batch("t", [1, 2, 3])
 
     subscription = Subscription.from_source(WatchedSource(database, before))
     calls: list[int] = []
-    subscription.consume(
-        lambda message: calls.append(message.payload), prefetch=2, concurrency=concurrency
-    )
+
+    def handle(message: Message[int]) -> None:
+        calls.append(message.payload)
+        if message.payload == 2:  # the first one is acked meanwhile
+            assert stopped.wait(PATIENCE_SECONDS)
+
+    subscription.consume(handle, prefetch=3, concurrency=concurrency)
     assert calls == [1, 2][:expected]
-    assert pending(queue.connection) == [(1, 0), (2, 0)][expected:]
+    assert pending(queue.connection) == [(1, 0), (2, 0), (3, 0)][expected:]
     assert in_flight(queue.connection) == 0
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.one_backend
 
 SYNC = """
 import sys
+import time
 import pgqueue_sql
 
 def handle(message):
@@ -47,6 +49,7 @@ except KeyboardInterrupt:
 ASYNC = """
 import asyncio
 import sys
+import time
 import pgqueue_sql
 
 async def handle(message):
@@ -101,6 +104,7 @@ def test_one_signal_finishes_and_settles_the_delivery_at_hand(
     with consumer(program, database, concurrency) as process:
         assert process.stdout.readline() == "handling 1\n"
         process.send_signal(number)
+        time.sleep(0.2)  # the main thread sees to signals, not the handler's
         output, _ = process.communicate("go on\n", timeout=PATIENCE_SECONDS)
         assert output.splitlines() == ["handled 1", "ended"]
         assert process.returncode == 0

@@ -183,7 +183,7 @@ def test_the_loop_runs_on_a_source_in_memory() -> None:
     assert got == [("a", 1), ("b", 1), ("b", 2), ("c", 1)]
     assert source.calls == [
         *("subscribe", "listen", "fetch_pending", "ack 1", "requeue 2", "release 3"),
-        *("fetch_pending", "ack 2", "ack 3", "release 4", "close"),
+        *("fetch_pending", "ack 2, 3", "release 4", "close"),
     ]
     assert source.waiting == [(4, "d", 0)]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from .._ack import Ack
+from .._pace import Pace
 from .._unwrap import unwrap
 from ..errors import LeaseLost, NotHeld, Requeued, UnwrapError, describe
+from .acks import AsyncAcks, Messages
 from .message import AsyncMessage
 from .runtime import HandlerCall, HandlerResult, Heartbeat, Shield, Slots
 from .source import AsyncSource
@@ -21,7 +24,6 @@ if sys.version_info < (3, 11):
 logger = logging.getLogger("pgqueue_sql")
 
 T = TypeVar("T")
-Messages = list[AsyncMessage[Any]]
 OnError = Callable[[Exception, Sequence[AsyncMessage[Any]]], None]
 
 
@@ -39,7 +41,7 @@ class AsyncConsumer(Generic[T]):
         *,
         into: Callable[..., T] | None,
         batch: int | None,
-        prefetch: int,
+        prefetch: int | None,
         concurrency: int,
         stop_on_requeue: bool,
         on_error: OnError | None,
@@ -48,7 +50,7 @@ class AsyncConsumer(Generic[T]):
         self._handler = handler
         self._into = into
         self._batch = batch
-        self._prefetch = prefetch
+        self._pace = Pace(batch or prefetch)
         self._concurrency = concurrency
         self._stop_on_requeue = stop_on_requeue
         self._on_error = on_error
@@ -59,7 +61,8 @@ class AsyncConsumer(Generic[T]):
         self._stopping = False
         self._errors: list[BaseException] = []
         self._at_hand: dict[int, Messages] = {}
-        self._to_ack: Messages = []
+        self._kept_until: dict[int, float] = {}
+        self._acks = AsyncAcks(source, self._fail)
         self.shield = Shield(self.stop)
 
     def stop(self) -> None:
@@ -83,6 +86,7 @@ class AsyncConsumer(Generic[T]):
             await self._give_back_rest()
             raise
         finally:
+            await self._acks.stop()
             await self._heartbeat.stop()
             await self._source.close()
         if len(self._errors) > 1:
@@ -104,31 +108,32 @@ class AsyncConsumer(Generic[T]):
             elif not self._stopping:
                 await self.shield.run(self._source.wait)
         await self._slots.join()
-        await self.shield.run(self._ack_handled)
+        await self.shield.run(self._acks.send)
 
     async def _fetch(self) -> Messages:
-        messages = list(
-            await self._source.fetch_pending(self._batch or self._prefetch, self._to_ack)
-        )
-        self._to_ack = []
+        asked = time.monotonic()
+        messages = await self._acks.fetch(self._pace.messages, one_receipt=self._concurrency == 1)
         if messages:
             self._at_hand[messages[0].receipt] = messages
+            self._kept_until[messages[0].receipt] = asked + self._source.lease
         return messages
-
-    async def _ack_handled(self) -> None:
-        if self._to_ack:
-            acked, self._to_ack = self._to_ack, []
-            await self._source.ack(acked)
 
     async def _handle_receipt(self, messages: Messages) -> None:
         """Handle the messages of one receipt, in order. Records errors instead of raising them."""
         size = self._batch or 1
+        started = time.monotonic()
         try:
             for start in range(0, len(messages), size):
+                if time.monotonic() > self._kept_until[messages[0].receipt]:
+                    await self.shield.run(self._make_sure, messages)
                 if self._stopping or not await self._deliver(messages[start : start + size]):
                     await self.shield.run(self._release, messages)
                     break
+            if self._concurrency > 1:
+                await self.shield.run(self._acks.send)
             del self._at_hand[messages[0].receipt]
+            del self._kept_until[messages[0].receipt]
+            self._pace.handled(len(messages), time.monotonic() - started)
         except Exception as error:
             self._fail(error)
         except BaseException as error:
@@ -158,7 +163,7 @@ class AsyncConsumer(Generic[T]):
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
             await self.shield.run(self._requeue, messages, None)
             return False
-        await self.shield.run(self._ack, unsettled(messages))
+        self._acks.add(unsettled(messages))
         return True
 
     async def _call_handler(self, messages: Messages) -> Ack | None:
@@ -180,21 +185,10 @@ class AsyncConsumer(Generic[T]):
             raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
         return answer
 
-    async def _ack(self, messages: Messages) -> None:
-        if not messages:
-            return
-        last = self._at_hand[messages[0].receipt][-1]
-        if self._concurrency == 1 and messages[-1] is last and not self._stopping:
-            # all that is left of the receipt: goes with the next fetch, to save a round trip
-            self._to_ack = messages
-        else:
-            await self._source.ack(messages)
-        for message in messages:
-            message.settled = True
-
     async def _requeue(self, messages: Messages, error: Exception | None) -> None:
         """Give messages back, and report the exception, or stop at it."""
         try:
+            await self._acks.send()  # what was handled before goes before
             reason = None if error is None else describe(error)
             back = unsettled(messages)
             if back:
@@ -227,6 +221,7 @@ class AsyncConsumer(Generic[T]):
             )
 
     async def _release(self, messages: Messages) -> None:
+        await self._acks.send()
         back = unsettled(messages)
         if back:
             await self._source.release(back)
@@ -238,7 +233,10 @@ class AsyncConsumer(Generic[T]):
         try:
             # lost: what was cut off may have settled them
             with suppress(LeaseLost, NotHeld):
-                await self._ack_handled()
+                await self._acks.send()
+        except Exception:
+            logger.exception("could not ack what was handled; it is given back")
+        try:
             for messages in list(self._at_hand.values()):
                 try:
                     await self._release(messages)
@@ -249,11 +247,21 @@ class AsyncConsumer(Generic[T]):
         except Exception:
             logger.exception("could not give back what was at hand; it comes when the lease ends")
 
+    async def _make_sure(self, messages: Messages) -> None:
+        """Fail if the lease is lost, as it may be where it was not extended in time."""
+        await self._acks.send()
+        await self._extend(messages)
+
+    async def _extend(self, messages: Messages) -> None:
+        asked = time.monotonic()
+        await self._source.extend(messages)
+        self._kept_until[messages[0].receipt] = asked + self._source.lease
+
     async def _extend_leases(self) -> None:
         """Keep what is at hand, and tell the handler of what could not be kept."""
         for messages in list(self._at_hand.values()):
             try:
-                await self._source.extend(messages)
+                await self._extend(messages)
             except LeaseLost:
                 self._tell_lost(messages)
             except Exception:
@@ -269,7 +277,9 @@ class AsyncConsumer(Generic[T]):
             call.interrupt()
 
     def _fail(self, error: BaseException) -> None:
-        self._errors.append(error)
+        # both the loop and a timer may meet the loss of one lease
+        if not any(type(error) is type(one) and str(error) == str(one) for one in self._errors):
+            self._errors.append(error)
         self.stop()
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
 from .._ack import Ack
@@ -19,6 +19,7 @@ __all__ = [
     "Lock",
     "Shield",
     "Slots",
+    "Timer",
     "Waker",
     "stop_on_signals",
 ]
@@ -123,6 +124,37 @@ class Heartbeat:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+
+class Timer:
+    """Calls `work`, which must not raise, so many seconds after the first `start`."""
+
+    def __init__(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._seconds = seconds
+        self._work = work
+        self._stopped = asyncio.Event()
+        self._waiting = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin, unless it is begun."""
+        if not self._waiting:
+            self._waiting = True
+            task = asyncio.create_task(self._run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), self._seconds)
+        self._waiting = False
+        await self._work()
+
+    async def stop(self) -> None:
+        """Call it now, if it is begun, and wait for that."""
+        self._stopped.set()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 class Slots:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from .._ack import Ack
+from .._pace import Pace
 from .._unwrap import unwrap
 from ..errors import LeaseLost, NotHeld, Requeued, UnwrapError, describe
+from .acks import Acks, Messages
 from .message import Message
 from .runtime import HandlerCall, HandlerResult, Heartbeat, Shield, Slots
 from .source import Source
@@ -22,7 +25,6 @@ if sys.version_info < (3, 11):
 logger = logging.getLogger("pgqueue_sql")
 
 T = TypeVar("T")
-Messages = list[Message[Any]]
 OnError = Callable[[Exception, Sequence[Message[Any]]], None]
 
 
@@ -40,7 +42,7 @@ class Consumer(Generic[T]):
         *,
         into: Callable[..., T] | None,
         batch: int | None,
-        prefetch: int,
+        prefetch: int | None,
         concurrency: int,
         stop_on_requeue: bool,
         on_error: OnError | None,
@@ -49,7 +51,7 @@ class Consumer(Generic[T]):
         self._handler = handler
         self._into = into
         self._batch = batch
-        self._prefetch = prefetch
+        self._pace = Pace(batch or prefetch)
         self._concurrency = concurrency
         self._stop_on_requeue = stop_on_requeue
         self._on_error = on_error
@@ -60,7 +62,8 @@ class Consumer(Generic[T]):
         self._stopping = False
         self._errors: list[BaseException] = []
         self._at_hand: dict[int, Messages] = {}
-        self._to_ack: Messages = []
+        self._kept_until: dict[int, float] = {}
+        self._acks = Acks(source, self._fail)
         self.shield = Shield(self.stop)
 
     def stop(self) -> None:
@@ -84,6 +87,7 @@ class Consumer(Generic[T]):
             self._give_back_rest()
             raise
         finally:
+            self._acks.stop()
             self._heartbeat.stop()
             self._source.close()
         if len(self._errors) > 1:
@@ -105,29 +109,32 @@ class Consumer(Generic[T]):
             elif not self._stopping:
                 self.shield.run(self._source.wait)
         self._slots.join()
-        self.shield.run(self._ack_handled)
+        self.shield.run(self._acks.send)
 
     def _fetch(self) -> Messages:
-        messages = list(self._source.fetch_pending(self._batch or self._prefetch, self._to_ack))
-        self._to_ack = []
+        asked = time.monotonic()
+        messages = self._acks.fetch(self._pace.messages, one_receipt=self._concurrency == 1)
         if messages:
             self._at_hand[messages[0].receipt] = messages
+            self._kept_until[messages[0].receipt] = asked + self._source.lease
         return messages
-
-    def _ack_handled(self) -> None:
-        if self._to_ack:
-            acked, self._to_ack = self._to_ack, []
-            self._source.ack(acked)
 
     def _handle_receipt(self, messages: Messages) -> None:
         """Handle the messages of one receipt, in order. Records errors instead of raising them."""
         size = self._batch or 1
+        started = time.monotonic()
         try:
             for start in range(0, len(messages), size):
+                if time.monotonic() > self._kept_until[messages[0].receipt]:
+                    self.shield.run(self._make_sure, messages)
                 if self._stopping or not self._deliver(messages[start : start + size]):
                     self.shield.run(self._release, messages)
                     break
+            if self._concurrency > 1:
+                self.shield.run(self._acks.send)
             del self._at_hand[messages[0].receipt]
+            del self._kept_until[messages[0].receipt]
+            self._pace.handled(len(messages), time.monotonic() - started)
         except Exception as error:
             self._fail(error)
         except BaseException as error:
@@ -157,7 +164,7 @@ class Consumer(Generic[T]):
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
             self.shield.run(self._requeue, messages, None)
             return False
-        self.shield.run(self._ack, unsettled(messages))
+        self._acks.add(unsettled(messages))
         return True
 
     def _call_handler(self, messages: Messages) -> Ack | None:
@@ -177,21 +184,10 @@ class Consumer(Generic[T]):
             raise TypeError(f"a handler returns Ack.OK, Ack.REQUEUE or None, not {answer!r}")
         return answer
 
-    def _ack(self, messages: Messages) -> None:
-        if not messages:
-            return
-        last = self._at_hand[messages[0].receipt][-1]
-        if self._concurrency == 1 and messages[-1] is last and not self._stopping:
-            # all that is left of the receipt: goes with the next fetch, to save a round trip
-            self._to_ack = messages
-        else:
-            self._source.ack(messages)
-        for message in messages:
-            message.settled = True
-
     def _requeue(self, messages: Messages, error: Exception | None) -> None:
         """Give messages back, and report the exception, or stop at it."""
         try:
+            self._acks.send()  # what was handled before goes before
             reason = None if error is None else describe(error)
             back = unsettled(messages)
             if back:
@@ -224,6 +220,7 @@ class Consumer(Generic[T]):
             )
 
     def _release(self, messages: Messages) -> None:
+        self._acks.send()
         back = unsettled(messages)
         if back:
             self._source.release(back)
@@ -235,7 +232,10 @@ class Consumer(Generic[T]):
         try:
             # lost: what was cut off may have settled them
             with suppress(LeaseLost, NotHeld):
-                self._ack_handled()
+                self._acks.send()
+        except Exception:
+            logger.exception("could not ack what was handled; it is given back")
+        try:
             for messages in list(self._at_hand.values()):
                 try:
                     self._release(messages)
@@ -246,11 +246,21 @@ class Consumer(Generic[T]):
         except Exception:
             logger.exception("could not give back what was at hand; it comes when the lease ends")
 
+    def _make_sure(self, messages: Messages) -> None:
+        """Fail if the lease is lost, as it may be where it was not extended in time."""
+        self._acks.send()
+        self._extend(messages)
+
+    def _extend(self, messages: Messages) -> None:
+        asked = time.monotonic()
+        self._source.extend(messages)
+        self._kept_until[messages[0].receipt] = asked + self._source.lease
+
     def _extend_leases(self) -> None:
         """Keep what is at hand, and tell the handler of what could not be kept."""
         for messages in list(self._at_hand.values()):
             try:
-                self._source.extend(messages)
+                self._extend(messages)
             except LeaseLost:
                 self._tell_lost(messages)
             except Exception:
@@ -266,7 +276,9 @@ class Consumer(Generic[T]):
             call.interrupt()
 
     def _fail(self, error: BaseException) -> None:
-        self._errors.append(error)
+        # both the loop and a timer may meet the loss of one lease
+        if not any(type(error) is type(one) and str(error) == str(one) for one in self._errors):
+            self._errors.append(error)
         self.stop()
 
 

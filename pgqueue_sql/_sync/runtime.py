@@ -21,6 +21,7 @@ __all__ = [
     "Lock",
     "Shield",
     "Slots",
+    "Timer",
     "Waker",
     "stop_on_signals",
 ]
@@ -126,6 +127,39 @@ class Heartbeat:
         """End, after a beat that goes on."""
         self._stopped.set()
         if self._thread.is_alive():
+            self._thread.join()
+
+
+class Timer:
+    """Calls `work`, which must not raise, so many seconds after the first `start`, in a thread."""
+
+    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._work = work
+        self._started = threading.Event()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless it is begun."""
+        if not self._started.is_set():
+            self._started.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pgqueue timer", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._started.wait()
+            self._stopped.wait(self._seconds)
+            self._started.clear()
+            self._work()
+
+    def stop(self) -> None:
+        """Call it now, if it is begun, and wait for that."""
+        self._stopped.set()
+        self._started.set()
+        if self._thread is not None:
             self._thread.join()
 
 

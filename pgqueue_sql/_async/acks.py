@@ -1,0 +1,72 @@
+"""Acks of handled messages, which go in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .message import AsyncMessage
+from .runtime import Lock, Timer
+from .source import AsyncSource
+
+# How long an ack waits for others of its receipt. What was handled meanwhile a crash makes come
+# again.
+GROUP_SECONDS = 0.01
+
+Messages = list[AsyncMessage[Any]]
+
+
+class AsyncAcks:
+    """Collects acks of messages by their receipt, and sends each group with one statement.
+
+    The handler at hand, however slow, does not hold them up: a timer sends them.
+    """
+
+    def __init__(self, source: AsyncSource, on_error: Callable[[BaseException], None]) -> None:
+        self._source = source
+        self._on_error = on_error
+        self._groups: dict[int, Messages] = {}
+        # held by who sends: a whole receipt must not be acked while a part of it is
+        self._sending = Lock()
+        self._timer = Timer(GROUP_SECONDS, self._send_when_due)
+
+    def add(self, messages: Messages) -> None:
+        """Ack these messages of one receipt soon."""
+        for message in messages:
+            message.settled = True
+        if messages:
+            self._groups.setdefault(messages[0].receipt, []).extend(messages)
+            self._timer.start()
+
+    async def fetch(self, max_messages: int, *, one_receipt: bool) -> Messages:
+        """Fetch messages; where acks are of one receipt only, with them all that is left of it."""
+        async with self._sending:
+            receipt, acked = self._groups.popitem() if one_receipt and self._groups else (0, [])
+            try:
+                return list(await self._source.fetch_pending(max_messages, acked))
+            except BaseException:
+                if acked:
+                    self._groups[receipt] = acked
+                raise
+
+    async def send(self) -> None:
+        """Send all of them now."""
+        async with self._sending:
+            while self._groups:
+                _, messages = self._groups.popitem()
+                try:
+                    await self._source.ack(messages)
+                except BaseException:
+                    for message in messages:
+                        message.settled = False
+                    raise
+
+    async def stop(self) -> None:
+        """Send what the timer would."""
+        await self._timer.stop()
+
+    async def _send_when_due(self) -> None:
+        try:
+            await self.send()
+        except Exception as error:
+            self._on_error(error)
