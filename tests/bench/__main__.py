@@ -1,0 +1,83 @@
+"""`python -m tests.bench`: measure, print, and write the results down."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from pgqueue_sql.private_server import find_installations
+
+from . import batch, publish, receive
+from .report import Report, save, summary
+from .scale import FULL, QUICK, Scale
+from .servers import Lab, lab, own_sql
+
+GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
+    "publish": publish.run,
+    "batch": batch.run,
+    "receive": receive.run,
+}
+SERVERS = (15, 18)
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    arguments = _arguments()
+    scale = QUICK if arguments.quick else FULL
+    overrides = {"rounds": arguments.rounds, "turn_seconds": arguments.seconds}
+    scale = replace(scale, **{name: value for name, value in overrides.items() if value})
+    installations = [
+        installation
+        for installation in find_installations()
+        if installation.major in arguments.server
+    ]
+    command = f"python -m tests.bench {shlex.join(sys.argv[1:])}"
+    started = time.monotonic()
+    print(command)
+    print(f"{os.cpu_count()} cores; {', '.join(arguments.only)}; {scale}")
+    reports = []
+    for installation in installations:
+        with lab(installation, arguments.sql) as here:
+            report = Report(here.version)
+            reports.append(report)
+            for group in arguments.only:
+                print(f"\n== {group}, PostgreSQL {here.version}", flush=True)
+                GROUPS[group](here, report, scale)
+    summary(reports)
+    save(arguments.output, command, reports)
+    print(f"\n{time.monotonic() - started:.0f} s; written to {arguments.output}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it works")
+    parser.add_argument("--only", type=_groups, default=list(GROUPS), help=", ".join(GROUPS))
+    parser.add_argument("--server", type=_majors, default=SERVERS, help="major versions: 15,18")
+    parser.add_argument("--rounds", type=int, help="turns of each contestant")
+    parser.add_argument("--seconds", type=float, help="length of a turn, where it is timed")
+    parser.add_argument(
+        "--sql", type=Path, default=own_sql(), help="measure the SQL in another folder"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "results.json")
+    return parser.parse_args()
+
+
+def _groups(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(GROUPS):
+        raise argparse.ArgumentTypeError(f"no group {', '.join(unknown)}")
+    return names
+
+
+def _majors(text: str) -> list[int]:
+    return [int(major) for major in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
