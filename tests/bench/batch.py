@@ -113,7 +113,7 @@ def _fan_out(lab: Lab, report: Report, scale: Scale) -> None:
 
 def _time_publish(database: Database, scale: Scale) -> Sample:
     """The statement's time, without its commit."""
-    seconds = []
+    seconds: list[float] = []
     with database.connect() as connection:
         deadline = time.monotonic() + scale.turn_seconds
         while time.monotonic() < deadline or len(seconds) < 3:

@@ -70,7 +70,7 @@ def _fetch(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("listen bare")
         while True:
-            while connection.execute(fetch).fetchall():  # type: ignore[arg-type]
+            while connection.execute(fetch).fetchall():
                 pass
             for _ in connection.notifies(timeout=1, stop_after=1):
                 pass

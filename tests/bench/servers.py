@@ -27,7 +27,10 @@ SETTINGS = {
     # no checkpoint in the middle of somebody's turn
     "max_wal_size": "8GB",
     "checkpoint_timeout": "15min",
+    # checkpoints keep so much WAL for use again: a new segment costs the one who needs it
+    "min_wal_size": "2GB",
 }
+WAL_SEGMENTS = 64
 
 # On a disk: /tmp is in memory on some systems.
 ROOT = Path("/var/tmp")
@@ -107,7 +110,8 @@ class Lab:
             self._loaders[contestant](Database(template, self.server))
             self._templates.add(contestant)
         database = Database(f"{contestant}_{next(self._numbers)}", self.server)
-        self._execute("create database {} template {}", database.name, template)
+        # with a checkpoint by the way, so that no contestant inherits the work of another
+        self._execute("create database {} template {} strategy file_copy", database.name, template)
         try:
             yield database
         finally:
@@ -131,6 +135,10 @@ class Lab:
 def lab(installation: Installation, sql_folder: Path) -> Iterator[Lab]:
     """Start a server, with pgqueue to be loaded from the folder."""
     with PrivateServer(installation, settings=SETTINGS, root=ROOT) as server:
+        with Database("postgres", server).connect() as connection:
+            for _ in range(WAL_SEGMENTS):
+                connection.execute("select pg_switch_wal(), pg_logical_emit_message(false, '', '')")
+            connection.execute("checkpoint")
         yield Lab(server, sql_folder)
 
 
