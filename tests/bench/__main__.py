@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pgqueue_sql.private_server import find_installations
 
-from . import batch, publish, receive
+from . import batch, consume, idle_cost, ordered, publish, receive
 from .report import Report, save, summary
 from .scale import FULL, QUICK, Scale
 from .servers import Lab, lab, own_sql
@@ -22,6 +22,9 @@ GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
     "publish": publish.run,
     "batch": batch.run,
     "receive": receive.run,
+    "consume": consume.run,
+    "ordered": ordered.run,
+    "idle": idle_cost.run,
 }
 SERVERS = (15, 18)
 RESULTS = Path(__file__).parent / "results"

@@ -121,6 +121,11 @@ def per_message(result: Result, batch: int = 1) -> dict[str, float]:
     }
 
 
+def settle(database: Database) -> None:
+    """Ack what the consumers of an earlier turn left in flight, as it would come again."""
+    database.execute("select pgqueue.ack(receipt) from pgqueue.leases")
+
+
 def wal_position(database: Database) -> int:
     """The bytes of WAL that the server has written so far."""
     return int(database.execute("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))

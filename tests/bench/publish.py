@@ -82,6 +82,7 @@ def _with_consumers(lab: Lab, report: Report, scale: Scale) -> None:
         pgqueue.execute("select pgqueue.subscribe('s', 't')")
 
         def publish_beside_consume() -> Sample:
+            load.settle(pgqueue)
             with consuming(pgqueue, CONSUMERS):
                 return _publish(pgqueue, PUBLISH, CLIENTS, SMALL, scale)
 

@@ -121,6 +121,8 @@ def _receivers(
 
 def fill(database: Database, kind: str, messages: int, payload: str) -> None:
     """Publish so many messages, and let the planner know of them."""
+    if kind == "pgqueue":
+        load.settle(database)
     with database.connect() as connection:
         for start in range(0, messages, FILL_BATCH):
             connection.execute(FILL[kind].encode(), [payload, min(FILL_BATCH, messages - start)])
