@@ -13,7 +13,18 @@ from pathlib import Path
 
 from pgqueue_sql.private_server import find_installations
 
-from . import batch, consume, idle_cost, ordered, publish, receive
+from . import (
+    backlog,
+    batch,
+    consume,
+    held_snapshot,
+    idle_cost,
+    latency,
+    ordered,
+    plans,
+    publish,
+    receive,
+)
 from .report import Report, save, summary
 from .scale import FULL, QUICK, Scale
 from .servers import Lab, lab, own_sql
@@ -23,8 +34,12 @@ GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
     "batch": batch.run,
     "receive": receive.run,
     "consume": consume.run,
+    "latency": latency.run,
     "ordered": ordered.run,
     "idle": idle_cost.run,
+    "backlog": backlog.run,
+    "held": held_snapshot.run,
+    "plans": plans.run,
 }
 SERVERS = (15, 18)
 RESULTS = Path(__file__).parent / "results"

@@ -53,7 +53,7 @@ class Report:
         names = list(contest.samples)
         samples = [sample for samples in contest.samples.values() for sample in samples]
         metrics = dict.fromkeys(metric for sample in samples for metric in sample)
-        columns = [metric for metric in metrics if not metric.startswith("wait ")]
+        columns = [metric for metric in metrics if not metric.startswith(("wait ", "percentile "))]
         width = max(map(len, names))
         heads = "".join(f"{column:>14}" for column in columns)
         print(f"  {'':{width}}{heads}    ratio  waits")
@@ -64,10 +64,8 @@ class Report:
                 for metric in metrics
                 if metric.startswith("wait ")
             }
-            top = sorted(waits, key=lambda event: waits[event], reverse=True)[:3]
-            shown = ", ".join(
-                f"{event} {waits[event]:.0%}" for event in top if waits[event] >= 0.05
-            )
+            top = sorted(waits.items(), key=lambda wait: wait[1], reverse=True)[:3]
+            shown = ", ".join(f"{event} {share:.0%}" for event, share in top if share >= 0.05)
             print(f"  {name:{width}}{figures} {contest.ratio(name, names[0]):8.3f}  {shown}")
         return contest
 

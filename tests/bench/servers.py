@@ -30,7 +30,7 @@ SETTINGS = {
     # checkpoints keep so much WAL for use again: a new segment costs the one who needs it
     "min_wal_size": "2GB",
 }
-WAL_SEGMENTS = 64
+WAL_SEGMENTS = 32
 
 # On a disk: /tmp is in memory on some systems.
 ROOT = Path("/var/tmp")
