@@ -22,12 +22,13 @@ from . import (
     latency,
     ordered,
     plans,
+    plots,
     publish,
     receive,
 )
 from .report import Report, save, summary
 from .scale import FULL, QUICK, Scale
-from .servers import Lab, lab, own_sql
+from .servers import REPOSITORY, Lab, lab
 
 GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
     "publish": publish.run,
@@ -42,13 +43,19 @@ GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
     "plans": plans.run,
 }
 SERVERS = (15, 18)
-RESULTS = Path(__file__).parent / "results"
+# Those of `make bench` are kept in the repository.
+RESULTS = Path(__file__).parent / "results" / "results.json"
+QUICK_RESULTS = REPOSITORY / "build" / "bench" / "results.json"
 
 
 def main() -> None:
     arguments = _arguments()
     scale = QUICK if arguments.quick else FULL
-    overrides = {"rounds": arguments.rounds, "turn_seconds": arguments.seconds}
+    overrides = {
+        "rounds": arguments.rounds,
+        "turn_seconds": arguments.seconds,
+        "held_seconds": arguments.held_seconds,
+    }
     scale = replace(scale, **{name: value for name, value in overrides.items() if value})
     installations = [
         installation
@@ -59,6 +66,10 @@ def main() -> None:
     started = time.monotonic()
     print(command)
     print(f"{os.cpu_count()} cores; {', '.join(arguments.only)}; {scale}")
+    if not arguments.quick:
+        print(
+            "All groups take about 45 minutes a server, and 8 times as long as a snapshot is held."
+        )
     reports = []
     for installation in installations:
         with lab(installation, arguments.sql) as here:
@@ -69,21 +80,27 @@ def main() -> None:
                 GROUPS[group](here, report, scale)
     summary(reports)
     save(arguments.output, command, reports)
-    print(f"\n{time.monotonic() - started:.0f} s; written to {arguments.output}")
+    pictures = plots.draw(reports, arguments.output.parent)
+    written = ", ".join(str(file) for file in (arguments.output, *pictures))
+    print(f"\n{time.monotonic() - started:.0f} s; written: {written}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that it works")
     parser.add_argument("--only", type=_groups, default=list(GROUPS), help=", ".join(GROUPS))
-    parser.add_argument("--server", type=_majors, default=SERVERS, help="major versions: 15,18")
+    parser.add_argument("--server", type=_majors, help="major versions: 15,18; --quick: 18")
     parser.add_argument("--rounds", type=int, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, help="length of a turn, where it is timed")
+    parser.add_argument("--held-seconds", type=int, help="how long a snapshot is held each time")
     parser.add_argument(
-        "--sql", type=Path, default=own_sql(), help="measure the SQL in another folder"
+        "--sql", type=Path, default=REPOSITORY / "sql", help="measure the SQL in another folder"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "results.json")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="the JSON file; plots go beside it")
+    arguments = parser.parse_args()
+    arguments.server = arguments.server or SERVERS[-1 if arguments.quick else 0 :]
+    arguments.output = arguments.output or (QUICK_RESULTS if arguments.quick else RESULTS)
+    return arguments
 
 
 def _groups(text: str) -> list[str]:

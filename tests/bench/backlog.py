@@ -20,6 +20,7 @@ from .servers import Database, Lab
 
 FEW = 1000
 COPIED_AT_ONCE = 100_000
+PASSED_THROUGH = 20_000
 FETCHES = 50
 FETCHED = 10
 PUBLISHERS = 4
@@ -49,8 +50,8 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         _report_sizes(report, "with the backlog", before, _sizes(big))
         _drain(report, big)
         _report_sizes(report, "drained", before, _sizes(big))
-        for table in ("deliveries", "leases", "lanes"):
-            big.execute(f"vacuum pgqueue.{table}")
+        big.execute("select count(*) from pgqueue.maintain()")
+        big.execute("vacuum")
         after = _sizes(big)
         _report_sizes(report, "drained, and VACUUM", before, after)
     ratio = sum(after.values()) / sum(before.values())
@@ -103,8 +104,8 @@ def _publish(database: Database, scale: Scale) -> Sample:
 
 def _pass_through(lab: Lab, database: Database) -> None:
     """Publish and ack so much that every table has been in use."""
-    _copy(lab, database, COPIED_AT_ONCE)
-    _receive_all(database, COPIED_AT_ONCE)
+    _copy(lab, database, PASSED_THROUGH)
+    _receive_all(database, PASSED_THROUGH)
 
 
 def _copy(lab: Lab, database: Database, messages: int) -> None:
@@ -131,6 +132,12 @@ def _receive_all(database: Database, messages: int) -> load.Result:
     return result
 
 
+def _receive_rest(database: Database) -> None:
+    query = f"select pgqueue.ack(max(receipt)) from pgqueue.receive('s', {DRAINED_AT_ONCE})"
+    while database.execute("select exists (select from pgqueue.deliveries)"):
+        database.execute(query)
+
+
 def _drain(report: Report, database: Database) -> None:
     waiting = database.execute("select count(*) from pgqueue.deliveries")
     progress(f"draining {waiting:,} messages")
@@ -139,6 +146,7 @@ def _drain(report: Report, database: Database) -> None:
         received = _receive_all(database, waiting).latencies
     seconds = time.monotonic() - start
     progress("")
+    _receive_rest(database)
     report.figure(f"drained {waiting:,} messages at {waiting / seconds:,.0f} msg/s")
     report.figure(f"leaves were truncated {len(truncations)} times meanwhile")
     for who, latencies in (("publisher", published), ("consumer", received)):
@@ -202,18 +210,20 @@ def _watching(database: Database) -> Iterator[list[float]]:
 
 
 def _sizes(database: Database) -> dict[str, int]:
-    """The bytes of every table of pgqueue, with its indexes and TOAST."""
+    """The bytes of every table of pgqueue, with its TOAST, and of every index."""
     with database.connect() as connection:
         return dict(
             connection.execute(
-                "select relname, pg_total_relation_size(oid) from pg_class"
-                " where relnamespace = 'pgqueue'::regnamespace and relkind = 'r'"
+                "select relname,"
+                " case relkind when 'r' then pg_table_size(oid) else pg_relation_size(oid) end"
+                " from pg_class"
+                " where relnamespace = 'pgqueue'::regnamespace and relkind in ('r', 'i')"
             ).fetchall()
         )
 
 
 def _report_sizes(report: Report, when: str, before: dict[str, int], sizes: dict[str, int]) -> None:
-    grown = {table: size for table, size in sizes.items() if size > before[table] + 1_000_000}
-    tables = ", ".join(f"{table} {size / 1e6:,.1f}" for table, size in sorted(grown.items()))
+    grown = {name: size for name, size in sizes.items() if size > before[name] + 1_000_000}
+    shown = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sorted(grown.items()))
     total = sum(sizes.values()) / 1e6
-    report.figure(f"MB {when}: {total:,.1f}" + (f"; grown: {tables}" if tables else ""))
+    report.figure(f"MB {when}: {total:,.1f}" + (f"; grown: {shown}" if shown else ""))

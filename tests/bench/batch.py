@@ -26,10 +26,12 @@ INSERT = (
 )
 COPY = "copy pgqueue.messages (topic, payload) from '{file}'"
 
+CASES = ((1, SMALL, "150 B"), (4, SMALL, "150 B"), (1, LARGE, "4 kB"))
+
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Arrays of 1,000 by one client and by four; then 1 to 100 subscriptions."""
-    for clients, payload, size in ((1, SMALL, "150 B"), (4, SMALL, "150 B"), (1, LARGE, "4 kB")):
+    for clients, payload, size in CASES[: scale.cases]:
         title = f"publish_batch of {BATCH} x {size}, {clients} client{'s' * (clients > 1)}"
         with _publishers(lab, clients, payload, scale) as turns:
             contest = report.contest(hold(title, "msg/s", turns, scale.rounds))

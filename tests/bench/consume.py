@@ -24,15 +24,15 @@ PREFETCH = 10  # what pgqueuer's worker takes by default
 Worker = Callable[..., float]
 
 OPTIONS: dict[str, dict[str, int]] = {
-    "by default": {},
     "prefetch 10": {"prefetch": PREFETCH},
+    "by default": {},
     "prefetch 100": {"prefetch": 100},
     "batch 100": {"batch": 100},
 }
 
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
-    """Handle what is waiting; the processes' start does not count."""
+    """Handle what is waiting; the workers' start does not count."""
     title = "consume in Python, 150 B, one process"
     with ExitStack() as stack:
         pgqueue = stack.enter_context(lab.database("pgqueue"))
@@ -47,7 +47,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 procrastinate, scale, workers.procrastinate_async
             ),
         }
-        for name, options in OPTIONS.items():
+        for name, options in list(OPTIONS.items())[: scale.cases]:
             turns[f"pgqueue sync, {name}"] = _pgqueue(pgqueue, scale, workers.pgqueue, options)
             turns[f"pgqueue async, {name}"] = _pgqueue(
                 pgqueue, scale, workers.pgqueue_async, options
@@ -61,7 +61,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
 
 def _pgqueue(database: Database, scale: Scale, worker: Worker, options: dict[str, int]) -> Turn:
     def consume() -> Sample:
-        messages = int(PGQUEUE_PER_SECOND * scale.turn_seconds)
+        messages = _needed(PGQUEUE_PER_SECOND, scale)
         waiting = database.execute("select count(*) from pgqueue.deliveries")
         fill(database, "pgqueue", messages - waiting, SMALL)
         return _in_process(worker, database, messages, scale, options)
@@ -71,7 +71,7 @@ def _pgqueue(database: Database, scale: Scale, worker: Worker, options: dict[str
 
 def _pgqueuer(database: Database, scale: Scale, batch_size: int) -> Turn:
     def work() -> Sample:
-        messages = int(PGQUEUER_PER_SECOND * scale.turn_seconds)
+        messages = _needed(PGQUEUER_PER_SECOND, scale)
         waiting = database.execute("select count(*) from pgqueuer where status = 'queued'")
         workers.fill_pgqueuer(database.dsn, messages - waiting)
         database.execute("analyze")
@@ -82,13 +82,17 @@ def _pgqueuer(database: Database, scale: Scale, batch_size: int) -> Turn:
 
 def _procrastinate(database: Database, scale: Scale, worker: Worker) -> Turn:
     def work() -> Sample:
-        messages = int(PROCRASTINATE_PER_SECOND * scale.turn_seconds)
+        messages = _needed(PROCRASTINATE_PER_SECOND, scale)
         waiting = database.execute("select count(*) from procrastinate_jobs where status = 'todo'")
         workers.fill_procrastinate(database.dsn, messages - waiting)
         database.execute("analyze")
         return _in_process(worker, database, messages, scale)
 
     return work
+
+
+def _needed(per_second: int, scale: Scale) -> int:
+    return int(per_second * (workers.WARM_UP_SECONDS + scale.turn_seconds))
 
 
 def _in_process(

@@ -21,12 +21,17 @@ from .scale import Scale
 from .servers import Database, Lab
 
 BATCH = 20
+# What a consumer takes at a time, if it has fallen behind.
+RECEIVED = 100
 BATCHES_PER_SECOND = 200
 CONSUMERS = 2
 INTERVAL_SECONDS = 5
 # how long an unheld run has to be to say what the rate is
 UNHELD_SECONDS = 60
 FLAT = 1.2
+
+HELD = ("a reader's snapshot held", "a writer's transaction held")
+CONTESTANTS = ("none", "pgmq", "total", "key")
 
 PUBLISH = (
     "select count(*) from pgqueue.publish_batch("
@@ -35,8 +40,8 @@ PUBLISH = (
 )
 SEND = f"select count(*) from pgmq.send_batch('q', array_fill(:payload::jsonb, array[{BATCH}]))"
 
-RECEIVE = f"select receipt, payload from pgqueue.receive('s', {BATCH}, '30 s', %s)"
-READ = f"select msg_id, message from pgmq.read('q', 30, {BATCH})"
+RECEIVE = f"select receipt, payload from pgqueue.receive('s', {RECEIVED}, '30 s', %s)"
+READ = f"select msg_id, message from pgmq.read('q', 30, {RECEIVED})"
 DELETE = "select pgmq.delete('q', %s::bigint[])"
 
 Connection = psycopg.Connection[Any]
@@ -46,9 +51,9 @@ Receive = Callable[[Connection, int | None], tuple[int, int | None]]
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Nothing held, then a read-only repeatable read snapshot, then a transaction that wrote."""
-    unheld = _contest(lab, report, "nothing held", min(scale.held_seconds, UNHELD_SECONDS))
-    for held in ("a reader's snapshot held", "a writer's transaction held"):
-        contest = _contest(lab, report, held, scale.held_seconds)
+    unheld = _contest(lab, report, "nothing held", scale, min(scale.held_seconds, UNHELD_SECONDS))
+    for held in HELD[: scale.cases - 1]:
+        contest = _contest(lab, report, held, scale, scale.held_seconds)
         for name in contest.samples:
             if name == "pgmq":
                 continue
@@ -58,10 +63,10 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             report.target(6, f"{held}, {name}: fetch at the end / start", fetch, at_most=FLAT)
 
 
-def _contest(lab: Lab, report: Report, held: str, seconds: int) -> Contest:
+def _contest(lab: Lab, report: Report, held: str, scale: Scale, seconds: int) -> Contest:
     samples: dict[str, list[Sample]] = {}
     rates: dict[str, Series] = {}
-    for name in ("none", "total", "key", "pgmq"):
+    for name in CONTESTANTS[: scale.cases]:
         progress(f"{held}, {name}: {seconds} s")
         with lab.database("pgmq" if name == "pgmq" else "pgqueue") as database:
             if name == "pgmq":
@@ -74,7 +79,7 @@ def _contest(lab: Lab, report: Report, held: str, seconds: int) -> Contest:
         rates[name] = _rates(records, seconds)
     progress("")
     title = f"{BATCH * BATCHES_PER_SECOND} msg/s in batches of {BATCH}, {held} for {seconds} s"
-    report.plot(title, rates)
+    report.plot("held", title, rates)
     return report.contest(Contest(title, "msg/s", samples))
 
 

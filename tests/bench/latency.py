@@ -16,7 +16,7 @@ from .scale import Scale
 from .servers import Database, Lab
 
 CONNECTIONS = 8
-RATES = (100, 1000)
+CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
@@ -43,36 +43,29 @@ _bases = itertools.count(0, 1_000_000)
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """At every rate, with one consumer and with many, beside the raw hop to one listener."""
-    for busy in (False, True):
-        for rate in RATES:
-            with ExitStack() as stack:
-                bare = stack.enter_context(lab.database("bare"))
-                queue = stack.enter_context(lab.database("pgqueue"))
-                queue.execute("select pgqueue.subscribe('s', 't')")
-                queue.execute("select pgqueue.subscribe('other', 'other')")
-                turns: dict[str, Turn] = {"raw hop": _turn(bare, queue, rate, 1, busy, scale)}
-                turns |= {
-                    f"pgqueue, {number} waiting": _turn(queue, queue, rate, number, busy, scale)
-                    for number in CONSUMERS
-                }
-                title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
-                contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
-            for name in list(turns)[1:]:
-                text = f"{title}, {name}"
-                ratio = contest.ratio(name, "raw hop")
-                report.target(5, f"{text}, median / raw hop", ratio, at_most=1.5)
-                p99 = contest.median(name, "p99 ms")
-                report.target(5, f"{text}, p99 ms", p99, at_most=10)
-            report.plot(
-                title,
-                {
-                    name: [
-                        (percent, contest.median(name, f"percentile {percent}"))
-                        for percent in PERCENTS
-                    ]
-                    for name in turns
-                },
-            )
+    for rate, busy in CASES[: scale.cases]:
+        with ExitStack() as stack:
+            bare = stack.enter_context(lab.database("bare"))
+            queue = stack.enter_context(lab.database("pgqueue"))
+            queue.execute("select pgqueue.subscribe('s', 't')")
+            queue.execute("select pgqueue.subscribe('other', 'other')")
+            turns: dict[str, Turn] = {"raw hop": _turn(bare, queue, rate, 1, busy, scale)}
+            turns |= {
+                f"pgqueue, {number} waiting": _turn(queue, queue, rate, number, busy, scale)
+                for number in CONSUMERS
+            }
+            title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
+            contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
+        for name in list(turns)[1:]:
+            text = f"{title}, {name}"
+            ratio = contest.ratio(name, "raw hop")
+            report.target(5, f"{text}, median / raw hop", ratio, at_most=1.5)
+            report.target(5, f"{text}, p99 ms", contest.median(name, "p99 ms"), at_most=10)
+        percentiles = {
+            name: [(each, contest.median(name, f"percentile {each}")) for each in PERCENTS]
+            for name in turns
+        }
+        report.plot("latency", title, percentiles)
 
 
 def _rounds(scale: Scale) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psycopg
 
 from .report import Report
 from .scale import Scale
-from .servers import Lab
+from .servers import REPOSITORY, Lab
 
-FILE = Path("build/bench/plans-{major}.txt")
+FOLDER = REPOSITORY / "build" / "bench"
 SETTINGS = """
 load 'auto_explain';
 set auto_explain.log_min_duration = 0;
@@ -34,8 +32,8 @@ PASS = (
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Publish, receive, ack, await and maintain, for each ordering."""
-    file = Path(str(FILE).format(major=lab.server.major))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file = FOLDER / f"plans-{lab.server.major}.txt"
     with lab.database("pgqueue") as database, database.connect() as connection, file.open("w") as f:
         for ordering in ("none", "total", "key"):
             connection.execute("select pgqueue.subscribe(%s, 't', %s)", [ordering, ordering])
@@ -54,7 +52,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 row = connection.execute(statement.encode()).fetchone()
                 if row and "receive" in statement:
                     (receipt,) = row
-    report.figure(f"plans: {file}")
+    report.figure(f"plans: {file.relative_to(REPOSITORY)}")
 
 
 def _text(notice: psycopg.errors.Diagnostic) -> str:

@@ -22,14 +22,12 @@ CLIENTS = 16
 CONSUMERS = 4
 NOTIFYING = "NOTIFY always"
 
+CASES = ((CLIENTS, SMALL, "150 B"), (1, SMALL, "150 B"), (CLIENTS, LARGE, "4 kB"))
+
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Publish with 16 clients and with one, nobody waiting; then with consumers at work."""
-    for clients, payload, size in (
-        (CLIENTS, SMALL, "150 B"),
-        (CLIENTS, LARGE, "4 kB"),
-        (1, SMALL, "150 B"),
-    ):
+    for clients, payload, size in CASES[: scale.cases]:
         title = f"publish {size}, {clients} client{'s' * (clients > 1)}, nobody waiting"
         with _publishers(lab, clients, payload, scale) as turns:
             contest = report.contest(hold(title, "msg/s", turns, scale.rounds))

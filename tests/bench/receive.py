@@ -52,17 +52,19 @@ FILL = {
 }
 FILL_BATCH = 2000
 
+CASES = (
+    (1, 100, SMALL, "150 B"),
+    (1, 1, SMALL, "150 B"),
+    (1, 1000, SMALL, "150 B"),
+    (4, 100, SMALL, "150 B"),
+    (4, 1, SMALL, "150 B"),
+    (1, 100, LARGE, "4 kB"),
+)
+
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Batches of 100 and 1,000, and single messages, by one client and by four."""
-    for clients, batch, payload, size in (
-        (1, 100, SMALL, "150 B"),
-        (4, 100, SMALL, "150 B"),
-        (1, 100, LARGE, "4 kB"),
-        (1, 1000, SMALL, "150 B"),
-        (1, 1, SMALL, "150 B"),
-        (4, 1, SMALL, "150 B"),
-    ):
+    for clients, batch, payload, size in CASES[: scale.cases]:
         title = f"receive+ack by {batch}, {size}, {clients} client{'s' * (clients > 1)}"
         # single messages take long; a turn of batches has at least ten
         messages = scale.messages // 10 if batch == 1 else max(scale.messages, 10 * batch)

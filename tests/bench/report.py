@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ class Target:
         return f"{line:<94} {self.measured:8.3g}  {self.verdict}"
 
 
+@dataclass(frozen=True)
+class Plot:
+    """Points of each contestant: of kind `latency` (percent, ms), or `held` (second, msg/s)."""
+
+    kind: str
+    title: str
+    lines: Mapping[str, Series]
+
+
 class Report:
     """The results of one server."""
 
@@ -44,7 +53,7 @@ class Report:
         self.version = version
         self.contests: list[Contest] = []
         self.targets: list[Target] = []
-        self.series: dict[str, dict[str, Series]] = {}
+        self.plots: list[Plot] = []
 
     def contest(self, contest: Contest) -> Contest:
         """Record a contest, and print its medians; ratios are to the first contestant."""
@@ -87,9 +96,9 @@ class Report:
         self.targets.append(target)
         print(f"  target {target}", flush=True)
 
-    def plot(self, title: str, series: dict[str, Series]) -> None:
+    def plot(self, kind: str, title: str, lines: Mapping[str, Series]) -> None:
         """Record points to plot, by contestant."""
-        self.series[title] = series
+        self.plots.append(Plot(kind, title, lines))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -97,7 +106,7 @@ class Report:
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
             "targets": [{**asdict(each), "verdict": each.verdict} for each in self.targets],
             "contests": [asdict(contest) for contest in self.contests],
-            "series": self.series,
+            "plots": [asdict(plot) for plot in self.plots],
         }
 
 

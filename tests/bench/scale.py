@@ -7,15 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """`turn_seconds`: one contestant's turn. `messages`: to receive in a turn, in batches."""
+    """How often and how long.
+
+    rounds, turn_seconds: the turns of each contestant, and the length of one.
+    cases: how many cases of each group, of which the first ones matter most.
+    messages: to receive in batches in a turn.
+    held_seconds: how long a snapshot is held, for each contestant.
+    backlog: messages.
+    idle_seconds: how long the cost of idle consumers is looked at.
+    """
 
     rounds: int
     turn_seconds: float
+    cases: int
     messages: int
     held_seconds: int
     backlog: int
     idle_seconds: int
 
 
-FULL = Scale(7, 6, 40_000, 600, 5_000_000, 20)
-QUICK = Scale(2, 1, 8_000, 10, 200_000, 3)
+FULL = Scale(5, 4, 10, 20_000, 600, 5_000_000, 20)
+QUICK = Scale(1, 1, 2, 4_000, 5, 50_000, 2)

@@ -17,7 +17,6 @@ from pgqueuer import Queries
 from psycopg import sql
 
 from pgqueue_sql.private_server import Installation, PrivateServer
-from tests.servers import REPOSITORY
 
 SETTINGS = {
     "fsync": "on",
@@ -31,6 +30,8 @@ SETTINGS = {
     "min_wal_size": "2GB",
 }
 WAL_SEGMENTS = 32
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # On a disk: /tmp is in memory on some systems.
 ROOT = Path("/var/tmp")
@@ -140,11 +141,6 @@ def lab(installation: Installation, sql_folder: Path) -> Iterator[Lab]:
                 connection.execute("select pg_switch_wal(), pg_logical_emit_message(false, '', '')")
             connection.execute("checkpoint")
         yield Lab(server, sql_folder)
-
-
-def own_sql() -> Path:
-    """The folder of this checkout's SQL."""
-    return REPOSITORY / "sql"
 
 
 def _load_pgmq(database: Database) -> None:

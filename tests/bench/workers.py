@@ -1,7 +1,7 @@
-"""The workers of pgqueue, pgqueuer and procrastinate: each run handles so many messages.
+"""The workers of pgqueue, pgqueuer and procrastinate: each runs for so many seconds.
 
-Every function here runs in a process of its own, and returns messages per second, from the first
-call of the handler to the last one.
+Every function here runs in a process of its own, and returns messages per second, once its start
+is over.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ import pgqueue_sql
 
 from .payloads import SMALL
 
+# pgqueuer's worker pauses for a second after its first messages.
+WARM_UP_SECONDS = 1.5
+
 
 def in_process(work: Callable[..., float], *arguments: Any) -> float:
     """What the function returns, called in a new process."""
@@ -31,25 +34,36 @@ def in_process(work: Callable[..., float], *arguments: Any) -> float:
 
 
 class Stopwatch:
-    """Counts the calls of a handler until all messages were handled, or the time is over."""
+    """Counts what a handler is called with, from WARM_UP_SECONDS after the first call.
+
+    It is over after so many messages more, or so many seconds: a worker with nothing left waits.
+    """
 
     def __init__(self, messages: int, seconds: float) -> None:
         self._messages = messages
         self._seconds = seconds
-        self._handled = 0
+        self._first: float | None = None
+        self._start: float | None = None
+        self._all = self._counted = 0
 
     def handled(self, messages: int = 1) -> bool:
         """Count; whether it is time to stop."""
-        self._end = time.perf_counter()
-        if not self._handled:
-            # the first delivery stands for the time before it
-            self._start, self._first = self._end, messages
-        self._handled += messages
-        return self._handled >= self._messages or self._end > self._start + self._seconds
+        now = self._end = time.perf_counter()
+        self._all += messages
+        if self._first is None:
+            self._first = now
+        elif self._start is not None:
+            self._counted += messages
+        elif now > self._first + WARM_UP_SECONDS:
+            self._start = now
+        is_over = self._start is not None and now > self._start + self._seconds
+        return is_over or self._all >= self._messages
 
     @property
     def per_second(self) -> float:
-        return (self._handled - self._first) / (self._end - self._start)
+        if self._start is None:
+            raise RuntimeError(f"{self._messages} messages did not last for the warm-up")
+        return self._counted / (self._end - self._start)
 
 
 def pgqueue(dsn: str, messages: int, seconds: float, options: dict[str, Any]) -> float:
