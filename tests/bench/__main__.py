@@ -57,11 +57,9 @@ def main() -> None:
         "held_seconds": arguments.held_seconds,
     }
     scale = replace(scale, **{name: value for name, value in overrides.items() if value})
-    installations = [
-        installation
-        for installation in find_installations()
-        if installation.major in arguments.server
-    ]
+    found = {installation.major: installation for installation in find_installations()}
+    if missing := set(arguments.server) - set(found):
+        sys.exit(f"no PostgreSQL {missing.pop()} was found, only {', '.join(map(str, found))}")
     command = f"python -m tests.bench {shlex.join(sys.argv[1:])}"
     started = time.monotonic()
     print(command)
@@ -71,15 +69,15 @@ def main() -> None:
             "All groups take about 45 minutes a server, and 8 times as long as a snapshot is held."
         )
     reports = []
-    for installation in installations:
-        with lab(installation, arguments.sql) as here:
+    for major in arguments.server:
+        with lab(found[major], arguments.sql) as here:
             report = Report(here.version)
             reports.append(report)
             for group in arguments.only:
                 print(f"\n== {group}, PostgreSQL {here.version}", flush=True)
                 GROUPS[group](here, report, scale)
+                save(arguments.output, command, reports)
     summary(reports)
-    save(arguments.output, command, reports)
     pictures = plots.draw(reports, arguments.output.parent)
     written = ", ".join(str(file) for file in (arguments.output, *pictures))
     print(f"\n{time.monotonic() - started:.0f} s; written: {written}")

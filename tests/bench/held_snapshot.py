@@ -31,7 +31,7 @@ UNHELD_SECONDS = 60
 FLAT = 1.2
 
 HELD = ("a reader's snapshot held", "a writer's transaction held")
-CONTESTANTS = ("none", "pgmq", "total", "key")
+CONTESTANTS = ("order none", "pgmq", "order total", "order key")
 
 PUBLISH = (
     "select count(*) from pgqueue.publish_batch("
@@ -72,7 +72,7 @@ def _contest(lab: Lab, report: Report, held: str, scale: Scale, seconds: int) ->
             if name == "pgmq":
                 database.execute("select pgmq.create('q')")
             else:
-                database.execute("select pgqueue.subscribe('s', 't', %s)", name)
+                database.execute("select pgqueue.subscribe('s', 't', %s)", name.split()[-1])
             with _holding(database, held):
                 records = _work(database, name, seconds)
         samples[name] = [_sample(records, seconds)]

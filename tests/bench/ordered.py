@@ -46,7 +46,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         )
         with _receivers(lab, consumers, ("none", ordering), scale) as turns:
             contest = report.contest(hold(title, "msg/s", turns, scale.rounds))
-        ratio = contest.ratio(ordering, "none")
+        ratio = contest.ratio(f"order {ordering}", "order none")
         report.target(8, f"order {ordering} / none, {title}", ratio, at_least=bound)
 
 
@@ -59,7 +59,7 @@ def _receivers(
         for ordering in orderings:
             database = stack.enter_context(lab.database("pgqueue"))
             database.execute("select pgqueue.subscribe('s', 't', %s)", ordering)
-            turns[ordering] = _turn(database, consumers, scale)
+            turns[f"order {ordering}"] = _turn(database, consumers, scale)
         yield turns
 
 

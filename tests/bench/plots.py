@@ -24,6 +24,7 @@ LABELS = {
     "held": ("seconds", "messages per second"),
 }
 COLUMNS = 2
+OTHERS = ("pgmq", "pgqueuer", "procrastinate", "INSERT", "DELETE", "NOTIFY")
 
 
 def draw(reports: Sequence[Report], folder: Path) -> list[Path]:
@@ -48,7 +49,7 @@ def _bars(title: str, contests: Sequence[Contest], file: Path) -> None:
     for axis, contest in zip(axes, contests, strict=False):
         names = list(contest.samples)
         medians = [contest.median(name) for name in names]
-        colors = ["tab:blue" if name.startswith("pgqueue") else "tab:gray" for name in names]
+        colors = ["tab:gray" if name.startswith(OTHERS) else "tab:blue" for name in names]
         bars = axis.barh(names, medians, color=colors)
         axis.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], fontsize=7)
         axis.set_title(f"{contest.title}, msg/s", fontsize=8)

@@ -51,6 +51,7 @@ FILL = {
     " select 't', %s::jsonb from generate_series(1, %s)",
 }
 FILL_BATCH = 2000
+COMMITS = "commits a batch: 2 of pgqueue and of pgmq read, delete; 1 of the others"
 
 CASES = (
     (1, 100, SMALL, "150 B"),
@@ -71,6 +72,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         transactions = messages // batch // clients
         with _receivers(lab, clients, batch, payload, transactions) as turns:
             contest = report.contest(hold(title, "msg/s", turns, scale.rounds))
+        report.figure(COMMITS)
         if batch == 1:
             ratio = contest.ratio("pgqueue, acking the last", "pgmq")
             report.target(3, f"{title}, / pgmq read, delete", ratio, at_least=1.8)
