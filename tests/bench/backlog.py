@@ -149,6 +149,8 @@ def _drain(report: Report, database: Database) -> None:
     _receive_rest(database)
     report.figure(f"drained {waiting:,} messages at {waiting / seconds:,.0f} msg/s")
     report.figure(f"leaves were truncated {len(truncations)} times meanwhile")
+    if not truncations:
+        return
     for who, latencies in (("publisher", published), ("consumer", received)):
         near = [ms for at, ms in latencies if _is_near(at, ms, truncations)]
         far = [ms for at, ms in latencies if not _is_near(at, ms, truncations)]

@@ -47,7 +47,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 procrastinate, scale, workers.procrastinate_async
             ),
         }
-        for name, options in list(OPTIONS.items())[: scale.cases]:
+        for name, options in list(OPTIONS.items())[: scale.long_cases]:
             turns[f"pgqueue sync, {name}"] = _pgqueue(pgqueue, scale, workers.pgqueue, options)
             turns[f"pgqueue async, {name}"] = _pgqueue(
                 pgqueue, scale, workers.pgqueue_async, options

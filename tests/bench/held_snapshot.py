@@ -52,7 +52,7 @@ Receive = Callable[[Connection, int | None], tuple[int, int | None]]
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """Nothing held, then a read-only repeatable read snapshot, then a transaction that wrote."""
     unheld = _contest(lab, report, "nothing held", scale, min(scale.held_seconds, UNHELD_SECONDS))
-    for held in HELD[: scale.cases - 1]:
+    for held in HELD[: scale.long_cases]:
         contest = _contest(lab, report, held, scale, scale.held_seconds)
         for name in contest.samples:
             if name == "pgmq":

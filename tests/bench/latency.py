@@ -43,7 +43,7 @@ _bases = itertools.count(0, 1_000_000)
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """At every rate, with one consumer and with many, beside the raw hop to one listener."""
-    for rate, busy in CASES[: scale.cases]:
+    for rate, busy in CASES[: scale.long_cases]:
         with ExitStack() as stack:
             bare = stack.enter_context(lab.database("bare"))
             queue = stack.enter_context(lab.database("pgqueue"))

@@ -25,6 +25,11 @@ class Scale:
     backlog: int
     idle_seconds: int
 
+    @property
+    def long_cases(self) -> int:
+        """How many cases of a group whose cases take long."""
+        return self.cases // 2
+
 
 FULL = Scale(5, 4, 10, 20_000, 600, 5_000_000, 20)
 QUICK = Scale(1, 1, 2, 4_000, 5, 50_000, 2)

@@ -29,7 +29,7 @@ SETTINGS = {
     # checkpoints keep so much WAL for use again: a new segment costs the one who needs it
     "min_wal_size": "2GB",
 }
-WAL_SEGMENTS = 32
+WAL_SEGMENTS = 16
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
