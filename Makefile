@@ -44,7 +44,7 @@ $(DATA_built): $(sort $(wildcard sql/[0-9]*.sql))
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: venv test chaos demo lint sync
+.PHONY: venv test chaos demo bench bench-quick lint sync
 
 venv: .venv/installed
 
@@ -65,6 +65,18 @@ chaos: venv
 
 demo: venv
 	$(VENV_PYTHON) -m pgqueue_sql demo $(if $(DSN),--dsn '$(DSN)')
+
+# Hours, as it holds a snapshot for 10 minutes at a time. In parts, for example:
+# make bench BENCH_ARGS='--only publish,receive --server 18'
+bench: .venv/installed-bench
+	$(VENV_PYTHON) -m tests.bench $(BENCH_ARGS)
+
+bench-quick: .venv/installed-bench
+	$(VENV_PYTHON) -m tests.bench --quick $(BENCH_ARGS)
+
+.venv/installed-bench: .venv/installed
+	$(VENV_PYTHON) -m pip install --editable '.[bench]'
+	touch $@
 
 lint: venv
 	$(VENV_PYTHON) -m ruff check

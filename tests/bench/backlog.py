@@ -1,0 +1,231 @@
+"""Target 7: a backlog of millions, and what is left of it on disk when it is drained."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from . import load
+from .contest import Sample, Turn, hold, progress
+from .payloads import SMALL
+from .publish import PUBLISH
+from .receive import RECEIVE_ACKING
+from .report import Report
+from .scale import Scale
+from .servers import Database, Lab
+
+FEW = 1000
+COPIED_AT_ONCE = 100_000
+PASSED_THROUGH = 20_000
+FETCHES = 50
+FETCHED = 10
+PUBLISHERS = 4
+DRAINERS = 2
+DRAINED_AT_ONCE = 1000
+# Published one by one while the backlog is drained, to see who has to wait.
+STEADY_PER_SECOND = 100
+# Before and after a truncation.
+NEAR_SECONDS = 0.5
+
+Latencies = list[tuple[float, float]]
+
+
+def run(lab: Lab, report: Report, scale: Scale) -> None:
+    """Fetch and publish beside few messages and beside millions; then drain those."""
+    with lab.database("pgqueue") as small, lab.database("pgqueue") as big:
+        for database in (small, big):
+            database.execute("select pgqueue.subscribe('s', 't')")
+            _pass_through(lab, database)
+        before = _sizes(big)
+        _copy(lab, small, FEW)
+        start = time.monotonic()
+        _copy(lab, big, scale.backlog)
+        seconds = time.monotonic() - start
+        report.figure(f"COPY of {scale.backlog:,} messages: {scale.backlog / seconds:,.0f} msg/s")
+        _compare(report, {f"{FEW:,}": small, f"{scale.backlog:,}": big}, scale)
+        _report_sizes(report, "with the backlog", before, _sizes(big))
+        _drain(report, big)
+        _report_sizes(report, "drained", before, _sizes(big))
+        big.execute("select count(*) from pgqueue.maintain()")
+        big.execute("vacuum")
+        after = _sizes(big)
+        _report_sizes(report, "drained, and VACUUM", before, after)
+    ratio = sum(after.values()) / sum(before.values())
+    report.target(7, f"size after draining {scale.backlog:,} / before", ratio, at_most=1.1)
+
+
+def _compare(report: Report, databases: dict[str, Database], scale: Scale) -> None:
+    few, many = databases
+    for title, measure, metric in (
+        (f"fetch of {FETCHED} with so many waiting", _fetch, "ms"),
+        (f"publish, {PUBLISHERS} clients, with so many waiting", _publish, "msg/s"),
+    ):
+        turns: dict[str, Turn] = {
+            name: lambda measure=measure, database=database: measure(  # type: ignore[misc]
+                database, scale
+            )
+            for name, database in databases.items()
+        }
+        contest = report.contest(hold(title, metric, turns, scale.rounds))
+        ratio = contest.ratio(many, few)
+        if metric == "ms":
+            report.target(7, f"fetch time with {many} / {few} waiting", ratio, at_most=1.3)
+        else:
+            report.target(7, f"publish rate with {many} / {few} waiting", ratio, at_least=0.95)
+
+
+def _fetch(database: Database, scale: Scale) -> Sample:
+    """The time of receive, rolled back, in a session that has done it before."""
+    query = f"select * from pgqueue.receive('s', {FETCHED})"
+    times = []
+    with database.connect() as connection:
+        for _ in range(FETCHES):
+            with connection.transaction(force_rollback=True):
+                start = time.perf_counter()
+                connection.execute(query, prepare=True).fetchall()
+                times.append((time.perf_counter() - start) * 1000)
+    return {"ms": median(times)}
+
+
+def _publish(database: Database, scale: Scale) -> Sample:
+    result = load.run(
+        database,
+        PUBLISH,
+        clients=PUBLISHERS,
+        seconds=scale.turn_seconds,
+        variables={"payload": SMALL},
+    )
+    return load.per_message(result)
+
+
+def _pass_through(lab: Lab, database: Database) -> None:
+    """Publish and ack so much that every table has been in use."""
+    _copy(lab, database, PASSED_THROUGH)
+    _receive_all(database, PASSED_THROUGH)
+
+
+def _copy(lab: Lab, database: Database, messages: int) -> None:
+    file = Path(lab.server.folder) / "backlog.copy"
+    file.write_text(f"t\t{SMALL}\n" * min(messages, COPIED_AT_ONCE))
+    file.chmod(0o644)
+    for copied in range(0, messages, COPIED_AT_ONCE):
+        progress(f"copied {copied:,} of {messages:,} messages")
+        database.execute(f"copy pgqueue.messages (topic, payload) from '{file}'")
+    progress("")
+
+
+def _receive_all(database: Database, messages: int) -> load.Result:
+    """Receive so many, in the background's log; the last of each client are acked, too."""
+    result = load.Run(
+        database,
+        RECEIVE_ACKING.format(batch=DRAINED_AT_ONCE),
+        clients=DRAINERS,
+        transactions=-(-messages // DRAINED_AT_ONCE // DRAINERS),
+        variables={"receipt": 0},
+        logged=True,
+    ).finish()
+    load.settle(database)
+    return result
+
+
+def _receive_rest(database: Database) -> None:
+    query = f"select pgqueue.ack(max(receipt)) from pgqueue.receive('s', {DRAINED_AT_ONCE})"
+    while database.execute("select exists (select from pgqueue.deliveries)"):
+        database.execute(query)
+
+
+def _drain(report: Report, database: Database) -> None:
+    waiting = database.execute("select count(*) from pgqueue.deliveries")
+    progress(f"draining {waiting:,} messages")
+    start = time.monotonic()
+    with _publishing(database) as published, _watching(database) as truncations:
+        received = _receive_all(database, waiting).latencies
+    seconds = time.monotonic() - start
+    progress("")
+    _receive_rest(database)
+    report.figure(f"drained {waiting:,} messages at {waiting / seconds:,.0f} msg/s")
+    report.figure(f"leaves were truncated {len(truncations)} times meanwhile")
+    if not truncations:
+        return
+    for who, latencies in (("publisher", published), ("consumer", received)):
+        near = [ms for at, ms in latencies if _is_near(at, ms, truncations)]
+        far = [ms for at, ms in latencies if not _is_near(at, ms, truncations)]
+        report.figure(f"longest wait of a {who}: {max(far, default=0):.1f} ms with no truncation")
+        longest = max(near, default=0.0)
+        report.target(7, f"longest wait of a {who} near a truncation, ms", longest, at_most=50)
+
+
+def _is_near(at: float, ms: float, truncations: list[float]) -> bool:
+    return any(at - NEAR_SECONDS < each < at + ms / 1000 + NEAR_SECONDS for each in truncations)
+
+
+@contextmanager
+def _publishing(database: Database) -> Iterator[Latencies]:
+    """Publish steadily in the background: (Unix time, milliseconds) of each publish."""
+    latencies: Latencies = []
+    ended = threading.Event()
+
+    def publish() -> None:
+        query = "select pgqueue.publish('t', %s)"
+        with database.connect() as connection:
+            while not ended.wait(1 / STEADY_PER_SECOND):
+                at, start = time.time(), time.perf_counter()
+                connection.execute(query, [SMALL], prepare=True)
+                latencies.append((at, (time.perf_counter() - start) * 1000))
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        yield latencies
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _watching(database: Database) -> Iterator[list[float]]:
+    """Watch the leaves in the background: when one was seen to be shorter (Unix time)."""
+    query = "select array_agg(pg_relation_size(relid) order by relid::oid) from pg_partition_tree"
+    truncations: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        sizes: list[int] = []
+        with database.connect() as connection:
+            while not ended.wait(0.1):
+                ((now,),) = connection.execute(f"{query}('pgqueue.messages') where isleaf")
+                if any(new < old for new, old in zip(now, sizes, strict=False)):
+                    truncations.append(time.time())
+                sizes = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield truncations
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _sizes(database: Database) -> dict[str, int]:
+    """The bytes of every table of pgqueue, with its TOAST, and of every index."""
+    with database.connect() as connection:
+        return dict(
+            connection.execute(
+                "select relname,"
+                " case relkind when 'r' then pg_table_size(oid) else pg_relation_size(oid) end"
+                " from pg_class"
+                " where relnamespace = 'pgqueue'::regnamespace and relkind in ('r', 'i')"
+            ).fetchall()
+        )
+
+
+def _report_sizes(report: Report, when: str, before: dict[str, int], sizes: dict[str, int]) -> None:
+    grown = {name: size for name, size in sizes.items() if size > before[name] + 1_000_000}
+    shown = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sorted(grown.items()))
+    total = sum(sizes.values()) / 1e6
+    report.figure(f"MB {when}: {total:,.1f}" + (f"; grown: {shown}" if shown else ""))

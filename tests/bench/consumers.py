@@ -1,0 +1,150 @@
+"""Consumers in a process of their own, as they would be beside publishers."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import psycopg
+
+import pgqueue_sql
+
+from .servers import Database
+
+BATCH = 100
+START_SECONDS = 60
+
+# A fetch such as any queue in SQL does, without leases: the floor.
+FETCH = f"""
+delete from announced where ctid = any (array(
+  select ctid from announced order by message_id limit {BATCH} for update skip locked
+)) returning message_id, payload
+"""
+# What a listener reads that keeps what it has read: again some of the last, which others may have
+# committed in the meantime.
+READ = "select message_id, payload from announced where message_id > %s - 20 order by message_id"
+
+_spawn = multiprocessing.get_context("spawn")
+
+Records = list[tuple[Any, ...]]
+
+
+def consuming(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run consumers of subscription s, each a thread in `consume`."""
+    return running(_consume, database, consumers)
+
+
+def fetching(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run consumers of the table that announces all: LISTEN, fetch until empty, wait."""
+    return running(_fetch, database, consumers)
+
+
+def handling(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run consumers of subscription s, each a task; records (payload, monotonic time)."""
+    return running(_handle, database, consumers)
+
+
+def hopping(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run a listener: one SELECT for a notification; records (payload, monotonic time)."""
+    return running(_hop, database, consumers)
+
+
+Work = Callable[[str, int, Event, Records], None]
+
+
+@contextmanager
+def running(work: Work, database: Database, number: int) -> Iterator[Records]:
+    """Run it in a process; what it recorded is there once the block has ended."""
+    started, ended = _spawn.Event(), _spawn.Event()
+    results, sending = _spawn.Pipe(duplex=False)
+    process = _spawn.Process(
+        target=_run, args=(work, database.dsn, number, started, ended, sending), daemon=True
+    )
+    process.start()
+    records: Records = []
+    try:
+        if not started.wait(START_SECONDS):
+            raise RuntimeError("the consumers did not start")
+        yield records
+        ended.set()
+        records += results.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(
+    work: Work, dsn: str, number: int, started: Event, ended: Event, results: Connection
+) -> None:
+    records: Records = []
+    threading.Thread(target=work, args=(dsn, number, started, records), daemon=True).start()
+    ended.wait()
+    results.send(records[:])
+
+
+def _consume(dsn: str, number: int, started: Event, records: Records) -> None:
+    def consume() -> None:
+        with pgqueue_sql.connect(dsn) as queue:
+            queue.subscription("s").consume(lambda messages: None, batch=BATCH)
+
+    in_threads(consume, number, started)
+
+
+def _fetch(dsn: str, number: int, started: Event, records: Records) -> None:
+    def fetch() -> None:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("listen bare")
+            while True:
+                while connection.execute(FETCH).fetchall():
+                    pass
+                for _ in connection.notifies(timeout=1, stop_after=1):
+                    pass
+
+    in_threads(fetch, number, started)
+
+
+def in_threads(work: Callable[[], None], number: int, started: Event) -> None:
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    started.set()
+    for thread in threads:
+        thread.join()
+
+
+def _handle(dsn: str, number: int, started: Event, records: Records) -> None:
+    async def handle(messages: list[pgqueue_sql.AsyncMessage[Any]]) -> None:
+        now = time.monotonic()
+        records.extend((message.payload, now) for message in messages)
+
+    async def consume() -> None:
+        async with await pgqueue_sql.AsyncQueue.connect(dsn) as queue:
+            subscription = queue.subscription("s")
+            asyncio.get_running_loop().call_later(1, started.set)
+            await asyncio.gather(
+                *[subscription.consume(handle, batch=BATCH) for _ in range(number)]
+            )
+
+    asyncio.run(consume())
+
+
+def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("listen bare")
+        started.set()
+        ((last,),) = connection.execute("select coalesce(max(message_id), 0) from announced")
+        while True:
+            for _ in connection.notifies(timeout=1, stop_after=1):
+                pass
+            rows = connection.execute(READ, [last]).fetchall()
+            now = time.monotonic()
+            for message_id, payload in rows:
+                last = max(last, message_id)
+                records.append((payload, now))

@@ -1,0 +1,141 @@
+"""Target 5: from a publish's commit to the handler."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from statistics import quantiles
+
+from . import consumers, load
+from .contest import Sample, Turn, hold
+from .report import Report
+from .scale import Scale
+from .servers import Database, Lab
+
+CONNECTIONS = 8
+CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
+CONSUMERS = (1, 50)
+# It takes so long until all consumers wait, and until the last message was handled.
+SETTLE_SECONDS = 1.0
+
+PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
+ANNOUNCE = "insert into announced (topic, payload) values ('t', to_jsonb(%s::int))"
+
+# What keeps the queue busy: another topic of the same database, 1,000 msg/s.
+OTHER_RATE = 50
+OTHER_BATCH = 20
+OTHER_PUBLISH = (
+    "select count(*) from pgqueue.publish_batch("
+    f"'other', array_fill('{{\"order\": 4711}}'::jsonb, array[{OTHER_BATCH}]))"
+)
+OTHER_RECEIVE = f"""
+select coalesce(max(receipt), 0) as receipt
+from pgqueue.receive('other', {2 * OTHER_BATCH}, '30 s', nullif(:receipt::bigint, 0)) \\gset
+"""
+
+PERCENTS = (*range(5, 100, 5), 99)
+
+_bases = itertools.count(0, 1_000_000)
+
+
+def run(lab: Lab, report: Report, scale: Scale) -> None:
+    """At every rate, with one consumer and with many, beside the raw hop to one listener."""
+    for rate, busy in CASES[: scale.long_cases]:
+        with ExitStack() as stack:
+            bare = stack.enter_context(lab.database("bare"))
+            queue = stack.enter_context(lab.database("pgqueue"))
+            queue.execute("select pgqueue.subscribe('s', 't')")
+            queue.execute("select pgqueue.subscribe('other', 'other')")
+            turns: dict[str, Turn] = {"raw hop": _turn(bare, queue, rate, 1, busy, scale)}
+            turns |= {
+                f"pgqueue, {number} waiting": _turn(queue, queue, rate, number, busy, scale)
+                for number in CONSUMERS
+            }
+            title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
+            contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
+        for name in list(turns)[1:]:
+            text = f"{title}, {name}"
+            ratio = contest.ratio(name, "raw hop")
+            report.target(5, f"{text}, median / raw hop", ratio, at_most=1.5)
+            report.target(5, f"{text}, p99 ms", contest.median(name, "p99 ms"), at_most=10)
+        percentiles = {
+            name: [(each, contest.median(name, f"percentile {each}")) for each in PERCENTS]
+            for name in turns
+        }
+        report.plot("latency", title, percentiles)
+
+
+def _rounds(scale: Scale) -> int:
+    return (scale.rounds + 1) // 2
+
+
+def _turn(
+    database: Database, queue: Database, rate: int, number: int, busy: bool, scale: Scale
+) -> Turn:
+    def measure() -> Sample:
+        load.settle(queue)
+        handling = (
+            consumers.handling(database, number)
+            if database is queue
+            else consumers.hopping(database, number)
+        )
+        publish = PUBLISH if database is queue else ANNOUNCE
+        with _others(queue, scale) if busy else nullcontext(), handling as handled:
+            time.sleep(SETTLE_SECONDS)
+            committed = _publish(database, publish, rate, scale.turn_seconds)
+            time.sleep(SETTLE_SECONDS)
+        # a raw listener reads some of the messages again
+        first: dict[int, float] = dict(reversed(handled))
+        delays = [
+            (handled_at - committed[message]) * 1000
+            for message, handled_at in first.items()
+            if message in committed
+        ]
+        percentiles = quantiles(delays, n=100)
+        return {
+            "median ms": percentiles[49],
+            "p99 ms": percentiles[98],
+            "max ms": max(delays),
+            "lost": float(len(committed) - len(delays)),
+            **{f"percentile {percent}": percentiles[percent - 1] for percent in PERCENTS},
+        }
+
+    return measure
+
+
+def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[int, float]:
+    """Publish new numbers at a steady rate; when each publish's commit had returned."""
+    committed: dict[int, float] = {}
+    base = next(_bases)
+    start = time.monotonic()
+
+    def publish(first: int) -> None:
+        with database.connect() as connection:
+            for number in range(first, int(rate * seconds), CONNECTIONS):
+                time.sleep(max(0.0, start + number / rate - time.monotonic()))
+                connection.execute(query.encode(), [base + number], prepare=True)
+                committed[base + number] = time.monotonic()
+
+    threads = [threading.Thread(target=publish, args=(first,)) for first in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return committed
+
+
+@contextmanager
+def _others(database: Database, scale: Scale) -> Iterator[None]:
+    seconds = scale.turn_seconds + 2 * SETTLE_SECONDS + 2
+    runs = [
+        load.Run(database, script, seconds=seconds, rate=OTHER_RATE, variables={"receipt": 0})
+        for script in (OTHER_PUBLISH, OTHER_RECEIVE)
+    ]
+    try:
+        yield
+    finally:
+        for each in runs:
+            each.finish()

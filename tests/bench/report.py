@@ -1,0 +1,125 @@
+"""What was measured: as tables and target lines on stdout, and as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .contest import Contest
+
+Series = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of the project's, and what was measured. A bound that nobody set has no verdict."""
+
+    number: int
+    text: str
+    measured: float
+    at_least: float | None
+    at_most: float | None
+
+    @property
+    def verdict(self) -> str:
+        low = self.at_least is not None and self.measured < self.at_least
+        high = self.at_most is not None and self.measured > self.at_most
+        return "NOT MET" if low or high else "met"
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        bound = " and ".join(f"{name} {value:g}" for name, value in bounds if value is not None)
+        line = f"{self.number}. {self.text}: {bound}"
+        return f"{line:<94} {self.measured:8.3g}  {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Points of each contestant: of kind `latency` (percent, ms), or `held` (second, msg/s)."""
+
+    kind: str
+    title: str
+    lines: Mapping[str, Series]
+
+
+class Report:
+    """The results of one server."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.contests: list[Contest] = []
+        self.targets: list[Target] = []
+        self.plots: list[Plot] = []
+
+    def contest(self, contest: Contest) -> Contest:
+        """Record a contest, and print its medians; ratios are to the first contestant."""
+        self.contests.append(contest)
+        print(f"\n{contest.title}, PostgreSQL {self.version}")
+        names = list(contest.samples)
+        samples = [sample for samples in contest.samples.values() for sample in samples]
+        metrics = dict.fromkeys(metric for sample in samples for metric in sample)
+        columns = [metric for metric in metrics if not metric.startswith(("wait ", "percentile "))]
+        width = max(map(len, names))
+        heads = "".join(f"{column:>14}" for column in columns)
+        print(f"  {'':{width}}{heads}    ratio  waits")
+        for name in names:
+            figures = "".join(f"{contest.median(name, column):14,.5g}" for column in columns)
+            waits = {
+                metric[5:]: contest.median(name, metric)
+                for metric in metrics
+                if metric.startswith("wait ")
+            }
+            top = sorted(waits.items(), key=lambda wait: wait[1], reverse=True)[:3]
+            shown = ", ".join(f"{event} {share:.0%}" for event, share in top if share >= 0.05)
+            print(f"  {name:{width}}{figures} {contest.ratio(name, names[0]):8.3f}  {shown}")
+        return contest
+
+    def figure(self, text: str) -> None:
+        """Print a figure that belongs to no contest."""
+        print(f"  {text}", flush=True)
+
+    def target(
+        self,
+        number: int,
+        text: str,
+        measured: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Record and print how a measurement stands to its bound."""
+        target = Target(number, text, measured, at_least, at_most)
+        self.targets.append(target)
+        print(f"  target {target}", flush=True)
+
+    def plot(self, kind: str, title: str, lines: Mapping[str, Series]) -> None:
+        """Record points to plot, by contestant."""
+        self.plots.append(Plot(kind, title, lines))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "server": self.version,
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "targets": [{**asdict(each), "verdict": each.verdict} for each in self.targets],
+            "contests": [asdict(contest) for contest in self.contests],
+            "plots": [asdict(plot) for plot in self.plots],
+        }
+
+
+def summary(reports: Sequence[Report]) -> None:
+    """Print all target lines once more, side by side."""
+    for report in reports:
+        print(f"\nTargets on PostgreSQL {report.version}")
+        for target in sorted(report.targets, key=lambda target: target.number):
+            print(f"  {target}")
+
+
+def save(path: Path, command: str, reports: Sequence[Report]) -> None:
+    """Write everything to a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = {"command": command, "servers": [report.as_json() for report in reports]}
+    path.write_text(json.dumps(everything, indent=1) + "\n")

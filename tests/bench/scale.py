@@ -1,0 +1,35 @@
+"""How much is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How often and how long.
+
+    rounds, turn_seconds: the turns of each contestant, and the length of one.
+    cases: how many cases of each group, of which the first ones matter most.
+    messages: to receive in batches in a turn.
+    held_seconds: how long a snapshot is held, for each contestant.
+    backlog: messages.
+    idle_seconds: how long the cost of idle consumers is looked at.
+    """
+
+    rounds: int
+    turn_seconds: float
+    cases: int
+    messages: int
+    held_seconds: int
+    backlog: int
+    idle_seconds: int
+
+    @property
+    def long_cases(self) -> int:
+        """How many cases of a group whose cases take long."""
+        return self.cases // 2
+
+
+FULL = Scale(5, 4, 10, 20_000, 600, 5_000_000, 20)
+QUICK = Scale(1, 1, 2, 4_000, 5, 50_000, 2)

@@ -1,0 +1,165 @@
+"""The servers that are measured on, and the contestants' databases there."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pgmq
+import procrastinate
+import psycopg
+from pgqueuer import Queries
+from psycopg import sql
+
+from pgqueue_sql.private_server import Installation, PrivateServer
+
+SETTINGS = {
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "max_connections": "400",
+    "shared_buffers": "1GB",
+    # no checkpoint in the middle of somebody's turn
+    "max_wal_size": "8GB",
+    "checkpoint_timeout": "15min",
+    # checkpoints keep so much WAL for use again: a new segment costs the one who needs it
+    "min_wal_size": "2GB",
+}
+WAL_SEGMENTS = 16
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# On a disk: /tmp is in memory on some systems.
+ROOT = Path("/var/tmp")
+
+# The floor: what a publish of pgqueue has to write at the least, in one plain table, and the same
+# with a NOTIFY for every publish.
+BARE = """
+create function announce() returns trigger language plpgsql as $$
+begin
+  perform pg_notify('bare', '');
+  return null;
+end $$;
+create sequence messages_ids;
+create table messages (
+  message_id bigint not null default nextval('messages_ids'),
+  published_at timestamptz not null default clock_timestamp(),
+  topic text not null,
+  key text,
+  headers jsonb,
+  payload jsonb not null,
+  deliver_at timestamptz,
+  expires_at timestamptz
+);
+create unique index on messages (message_id);
+create table announced (like messages including all);
+create trigger announce after insert on announced
+for each statement execute function announce();
+"""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database of one contestant, on a server that it shares with all others."""
+
+    name: str
+    server: PrivateServer
+
+    @property
+    def dsn(self) -> str:
+        return f"host={self.server.folder} port={self.server.port} user=postgres dbname={self.name}"
+
+    def connect(self, **options: Any) -> psycopg.Connection[Any]:
+        """Connect in autocommit, with psycopg's `options`."""
+        return psycopg.connect(self.dsn, autocommit=True, **options)
+
+    def execute(self, query: str, *parameters: object) -> Any:
+        """The first value that the statement returns, if it returns rows."""
+        with self.connect() as connection:
+            cursor = connection.execute(query.encode(), parameters or None)
+            row = cursor.fetchone() if cursor.description else None
+            return row and row[0]
+
+
+class Lab:
+    """A private server, with databases cloned from a template for each contestant."""
+
+    def __init__(self, server: PrivateServer, sql_folder: Path) -> None:
+        self.server = server
+        self.version: str = Database("postgres", server).execute("show server_version")
+        self._sql_folder = sql_folder
+        self._templates: set[str] = set()
+        self._numbers = itertools.count(1)
+        self._loaders: dict[str, Callable[[Database], None]] = {
+            "pgqueue": self._load_pgqueue,
+            "pgmq": _load_pgmq,
+            "pgqueuer": _load_pgqueuer,
+            "procrastinate": _load_procrastinate,
+            "bare": lambda database: database.execute(BARE),
+        }
+
+    @contextmanager
+    def database(self, contestant: str) -> Iterator[Database]:
+        """A new database with the contestant's tables, dropped in the end."""
+        template = f"template_{contestant}"
+        if contestant not in self._templates:
+            self._execute("create database {}", template)
+            self._loaders[contestant](Database(template, self.server))
+            self._templates.add(contestant)
+        database = Database(f"{contestant}_{next(self._numbers)}", self.server)
+        # with a checkpoint by the way, so that no contestant inherits the work of another
+        self._execute("create database {} template {} strategy file_copy", database.name, template)
+        try:
+            yield database
+        finally:
+            self._execute("drop database {} with (force)", database.name)
+
+    def _execute(self, query: str, *names: str) -> None:
+        with Database("postgres", self.server).connect() as connection:
+            connection.execute(sql.SQL(query).format(*map(sql.Identifier, names)))
+
+    def _load_pgqueue(self, database: Database) -> None:
+        parts = sorted(self._sql_folder.glob("[0-9]*.sql"))
+        lines = "".join(part.read_text("utf-8") for part in parts).splitlines(keepends=True)
+        script = "".join(line for line in lines if not line.startswith("\\"))
+        with database.connect() as connection, connection.transaction():
+            connection.execute("create schema pgqueue")
+            connection.execute("set local search_path = pg_catalog, pg_temp")
+            connection.execute(script.encode())
+
+
+@contextmanager
+def lab(installation: Installation, sql_folder: Path) -> Iterator[Lab]:
+    """Start a server, with pgqueue to be loaded from the folder."""
+    with PrivateServer(installation, settings=SETTINGS, root=ROOT) as server:
+        with Database("postgres", server).connect() as connection:
+            for _ in range(WAL_SEGMENTS):
+                connection.execute("select pg_switch_wal(), pg_logical_emit_message(false, '', '')")
+            connection.execute("checkpoint")
+        yield Lab(server, sql_folder)
+
+
+def _load_pgmq(database: Database) -> None:
+    server = database.server
+    pgmq.install_pgmq_from_sql(
+        host=str(server.folder), port=str(server.port), username=server.user, database=database.name
+    )
+
+
+def _load_pgqueuer(database: Database) -> None:
+    async def load() -> None:
+        connection = await psycopg.AsyncConnection.connect(database.dsn, autocommit=True)
+        async with connection:
+            await Queries.from_psycopg_connection(connection).install()
+
+    asyncio.run(load())
+
+
+def _load_procrastinate(database: Database) -> None:
+    connector = procrastinate.SyncPsycopgConnector(conninfo=database.dsn)
+    with procrastinate.App(connector=connector).open() as app:
+        app.schema_manager.apply_schema()
