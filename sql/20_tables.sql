@@ -18,6 +18,8 @@
 create sequence pgqueue.subscription_ids as int;
 create sequence pgqueue.receipts;
 create sequence pgqueue.owners as int cycle;
+-- Its currval tells a session, past every rollback, whether it still waits.
+create sequence pgqueue.awakenings;
 -- At most 48 bits: room for 89 years at 100,000 messages a second. CACHE must
 -- stay 1: floors (sql/30_order.sql) read it as "no smaller id is drawn again".
 create sequence pgqueue.message_ids maxvalue 281474976710655 cache 1;

@@ -24,18 +24,46 @@ return not (
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
 );
 
--- Not with pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into
--- a queue that a stuck listener let run full, where it would fail the publisher:
--- the consumers' polling finds the message then.
+-- A consumer may have a seat, numbered from 0, with a channel of its own: then a
+-- message wakes one consumer, not all. It holds its seat's waiting lock
+-- exclusively while it waits; who looks takes it shared, not to be taken for a
+-- waiter by others who look.
+create function pgqueue.seats() returns int
+language sql immutable parallel safe return 32;
+create function pgqueue.seat_key(subscription_id int, seat int) returns int
+language sql immutable parallel safe
+return ((subscription_id & 67108863) - 33554432) * 32 + seat;
+
+-- Wakes a consumer that waits in a seat, any of them, for one may be stuck; if
+-- none does, all that LISTEN to the subscription's channel. Not with
+-- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
+-- that a stuck listener let run full, where it would fail the publisher: the
+-- consumers' polling finds the message then.
 create function pgqueue.notify(subscription_id int) returns boolean
 language plpgsql
 as $$
+declare
+  v_channel text := pgqueue.channel_of(subscription_id);
+  v_seat int := floor(random() * pgqueue.seats());
+  v_key int;
 begin
-  if lower(coalesce(current_setting('pgqueue.notify', true), '')) not in ('off', 'false', 'no', '0')
-    and pg_notification_queue_usage() < 0.5
+  if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')
+    or pg_notification_queue_usage() >= 0.5
   then
-    perform pg_notify(pgqueue.channel_of(subscription_id), '');
+    return true;
   end if;
+  for i in 1..pgqueue.seats() loop
+    v_key := pgqueue.seat_key(subscription_id, v_seat);
+    if not (
+      pg_try_advisory_lock_shared(pgqueue.waiting_seat_locks(), v_key)
+      and pg_advisory_unlock_shared(pgqueue.waiting_seat_locks(), v_key)
+    ) then
+      perform pg_notify(v_channel || '_' || v_seat, '');
+      return true;
+    end if;
+    v_seat := (v_seat + 1) % pgqueue.seats();
+  end loop;
+  perform pg_notify(v_channel, '');
   return true;
 end $$;
 
@@ -44,6 +72,26 @@ end $$;
 create function pgqueue.wake(subscription_id int) returns boolean
 language sql volatile
 return not pgqueue.someone_waits(subscription_id) or pgqueue.notify(subscription_id);
+
+-- By a consumer that was woken in its seat and took messages: wakes the next one
+-- if there is more, or may be. Who is in flight now may have found it waiting,
+-- and woken it for a message that nobody sees yet. (The transaction's id is
+-- assigned by now: see settled().)
+create function pgqueue.wake_next(subscription_id int) returns void
+language plpgsql
+as $$
+begin
+  if pg_current_xact_id() > pg_snapshot_xmin(pg_current_snapshot()) or exists (
+    select from pgqueue.lanes l cross join lateral (
+      select from pgqueue.deliveries d
+      where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+      limit 1
+    ) d
+    where l.subscription_id = wake_next.subscription_id
+  ) then
+    perform pgqueue.wake(subscription_id);
+  end if;
+end $$;
 
 -- Like wake, for transactions that settle a lease. Their commit may be far
 -- away (an ack in the handler's own transaction): the lock lets await() see

@@ -66,12 +66,14 @@ declare
   v_now timestamptz := clock_timestamp();
   v_owned bigint[];
 begin
-  select array_agg(e.receipt order by e.deadline) into overdue
-  from pgqueue.leases e
-  where e.subscription_id = ended_leases.subscription_id and e.deadline < v_now;
-  select array_agg(e.receipt) into v_owned
-  from pgqueue.leases e
-  where e.subscription_id = ended_leases.subscription_id and e.owner is not null;
+  select (
+    select array_agg(e.receipt order by e.deadline) from pgqueue.leases e
+    where e.subscription_id = ended_leases.subscription_id and e.deadline < v_now
+  ), (
+    select array_agg(e.receipt) from pgqueue.leases e
+    where e.subscription_id = ended_leases.subscription_id and e.owner is not null
+  )
+  into overdue, v_owned;
   if v_owned is not null then
     select array_agg(e.receipt order by e.deadline) into orphaned
     from pgqueue.leases e

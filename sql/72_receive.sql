@@ -100,6 +100,7 @@ declare
   v_settled bigint;
   v_claim pgqueue.claim;
   v_receipt bigint;
+  v_registered text;
 begin
   if (
     current_setting('transaction_isolation') = 'read committed' and max_messages > 0
@@ -114,7 +115,8 @@ begin
   if not found then
     v_subscription := pgqueue.subscription_named(subscription);
   end if;
-  if current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true) <> '' then
+  v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
+  if v_registered not like 'no %' then
     perform pgqueue.stop_waiting(v_subscription.subscription_id);
   end if;
   if v_subscription.ordering <> 'none' then
@@ -130,6 +132,9 @@ begin
   end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner);
+    if split_part(v_registered, ' ', 4) not in ('', '-') then
+      perform pgqueue.wake_next(v_subscription.subscription_id);
+    end if;
     if v_claim.retry_tids is null
       and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16
     then

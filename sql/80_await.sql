@@ -6,38 +6,38 @@
 -- Somebody in flight may have looked before we registered: sleep briefly, ever
 -- longer, until those have gone.
 
--- Registered since which id and when (epoch); in a session setting per
--- subscription, as the lock is the session's. It goes with a rollback though
--- the lock stays, so await() believes pg_locks and not the setting.
-create function pgqueue.waiting_setting(subscription_id int) returns text
-language sql stable
-return 'pgqueue.waiting_' || subscription_id;
-
-create function pgqueue.is_registered(subscription_id int) returns boolean
+-- When the subscription will have something to see to, if it has nothing now;
+-- NULL if there may be something. The look of those who wait and poll: cheap.
+create function pgqueue.next_event(subscription_id int) returns timestamptz
 language plpgsql
 as $$
-begin
-  return exists (
-    select from pg_locks l
-    where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2
-      and l.classid = pgqueue.waiting_locks()::oid and l.objid = subscription_id::oid
-      and l.mode = 'ShareLock'
-  );
-end $$;
-
-create function pgqueue.stop_waiting(subscription_id int) returns void
-language plpgsql
-as $$
+#variable_conflict use_column
 declare
-  v_setting text := pgqueue.waiting_setting(subscription_id);
+  v_at timestamptz;
+  v_now timestamptz := clock_timestamp();
+  v_last_id bigint := pgqueue.last_id();
 begin
-  if current_setting(v_setting, true) <> '' then
-    -- it may have been unlocked by a receive that was rolled back
-    if pgqueue.is_registered(subscription_id) then
-      perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
-    end if;
-    perform set_config(v_setting, '', false);
-  end if;
+  select least(
+    (select r.due_at from pgqueue.retries r
+     where r.subscription_id = next_event.subscription_id order by r.due_at limit 1),
+    (select e.deadline from pgqueue.leases e
+     where e.subscription_id = next_event.subscription_id order by e.deadline limit 1),
+    'infinity'
+  ) into v_at
+  where not exists (
+    select from pgqueue.leases e
+    where e.subscription_id = next_event.subscription_id and e.owner is not null
+  ) and not exists (
+    select from pgqueue.lanes l
+    where l.subscription_id = next_event.subscription_id and (
+      l.low < v_last_id and l.tended_at < v_now - interval '10 s'
+      or exists (
+        select from pgqueue.deliveries d
+        where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+      )
+    )
+  );
+  return case when v_at > v_now then v_at end;
 end $$;
 
 -- Whether a transaction is in flight that may make something deliverable and
@@ -113,41 +113,68 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_subscription pgqueue.subscriptions;
-  v_setting text;
   v_registered text;
-  v_since_id bigint;
+  v_clear_since timestamptz;
   v_waited interval;
   v_in_flight boolean;
   v_settled bigint;
   v_claim pgqueue.claim;
   v_next record;
+  v_event timestamptz;
   v_sleep interval := poll;
 begin
-  perform pgqueue.require_read_committed('await');
-  perform pgqueue.require_duration('poll', poll, false);
-  v_subscription := pgqueue.subscription_named(subscription);
+  if (
+    current_setting('transaction_isolation') = 'read committed'
+    and poll > interval '0 s' and poll < interval '100 years'
+  ) is not true then
+    perform pgqueue.require_read_committed('await');
+    perform pgqueue.require_duration('poll', poll, false);
+  end if;
+  select s.* into v_subscription from pgqueue.subscriptions s
+  where s.subscription = await.subscription;
+  if not found then
+    v_subscription := pgqueue.subscription_named(subscription);
+  end if;
 
-  v_setting := pgqueue.waiting_setting(v_subscription.subscription_id);
-  if not pgqueue.is_registered(v_subscription.subscription_id) then
-    -- not to wait behind somebody who holds the lock for another purpose
-    if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
-      and not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), v_subscription.subscription_id)
-    then
+  v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
+  v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 6), '')::float8);
+  if v_registered like 'no %' or pgqueue.is_current(v_registered) is not true
+    -- a look at the locks now and then, for the session may have unlocked them all
+    or v_clear_since < clock_timestamp() - interval '1 min'
+  then
+    v_clear_since := null;
+    v_registered := pgqueue.start_waiting_anew(v_subscription.subscription_id, v_registered);
+    if v_registered is null then
       return least(poll, interval '10 ms');
     end if;
-    v_registered := null;
-  else
-    v_registered := nullif(current_setting(v_setting, true), '');
+  elsif v_clear_since is not null then
+    v_event := pgqueue.next_event(v_subscription.subscription_id);
+    if v_event is not null then
+      return case when v_event < 'infinity' then least(poll, v_event - clock_timestamp()) else poll end;
+    end if;
   end if;
-  if v_registered is null then
-    v_registered := pgqueue.last_id() || ' ' || extract(epoch from clock_timestamp());
-    perform set_config(v_setting, v_registered, false);
-  end if;
-  v_since_id := split_part(v_registered, ' ', 1)::bigint;
   v_waited := clock_timestamp() - to_timestamp(split_part(v_registered, ' ', 2)::float8);
 
-  v_in_flight := pgqueue.others_in_flight(v_subscription.subscription_id, v_since_id);
-  v_settled := pgqueue.settled_by_floors(pgqueue.last_id());
+  v_in_flight := (
+    pg_current_xact_id_if_assigned() is null
+    -- whoever looked before this had his id before: see settled()
+    and pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot())
+  ) is not true and pgqueue.others_in_flight(
+    v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
+  );
+  if not v_in_flight and v_clear_since is null then
+    perform set_config(
+      pgqueue.waiting_setting(v_subscription.subscription_id),
+      format('%s clear %s', v_registered, extract(epoch from clock_timestamp())), false
+    );
+    v_event := pgqueue.next_event(v_subscription.subscription_id);
+    if v_event is not null then
+      return case when v_event < 'infinity' then least(poll, v_event - clock_timestamp()) else poll end;
+    end if;
+  end if;
+  if v_subscription.ordering <> 'none' then
+    v_settled := pgqueue.settled_by_floors(pgqueue.last_id());
+  end if;
   -- What receive would do, up to the lock: what can be locked can be delivered.
   v_claim := pgqueue.claim_pending(v_subscription, 1, v_settled);
   if v_claim.message_ids is not null then
@@ -157,7 +184,7 @@ begin
   perform pgqueue.tend(l.subscription_id, l.lane, false)
   from pgqueue.lanes l
   where l.subscription_id = v_subscription.subscription_id
-    and l.low < v_settled and l.tended_at < clock_timestamp() - interval '10 s';
+    and l.low < pgqueue.last_id() and l.tended_at < clock_timestamp() - interval '10 s';
   if v_next.at < 'infinity' then
     v_sleep := least(v_sleep, v_next.at - clock_timestamp());
   end if;

@@ -32,6 +32,7 @@ PUBLIC_FUNCTIONS = {
     "requeue",
     "resume",
     "subscribe",
+    "take_seat",
     "unsubscribe",
     "version",
 }
@@ -70,6 +71,7 @@ def test_guest_may_do_nothing(admin: Connection, guest: Connection) -> None:
     calls = [
         "publish('t', '1')",
         "publish_batch('t', '{1}')",
+        "take_seat('s')",
         "subscribe('s', 't')",
         "unsubscribe('s')",
         "receive('s')",

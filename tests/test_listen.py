@@ -33,7 +33,8 @@ def spy(database: Database, subscription: str = "s") -> Connection:
     """A connection that listens to the subscription's channel."""
     connection = database.connect(autocommit=True)
     channel = one(connection, "select pgqueue.channel(%s)", subscription)
-    connection.execute(f"listen {channel}")
+    for name in (channel, *(f"{channel}_{seat}" for seat in range(32))):
+        connection.execute(f"listen {name}")
     return connection
 
 

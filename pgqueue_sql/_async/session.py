@@ -120,11 +120,15 @@ class AsyncSession:
                     "select pg_backend_pid(), pgqueue.channel(%s)", (self._subscription,)
                 )
                 pid, channel = (await cursor.fetchall())[0]
+            channels = [channel]
             # a pooler tells clients a pid of its own making; its sessions are not ours to set up
             if pid == connection.info.backend_pid:
                 await connection.execute(SETTINGS)
-                cursor = await connection.execute("select pgqueue.attach()")
-                self.owner = (await cursor.fetchall())[0][0]
+                cursor = await connection.execute(
+                    "select pgqueue.attach(), pgqueue.take_seat(%s)", (self._subscription,)
+                )
+                self.owner, seat = (await cursor.fetchall())[0]
+                channels += [seat] if seat else []
             else:
                 connection.prepare_threshold = None
                 if self._connection is None:
@@ -134,8 +138,8 @@ class AsyncSession:
                         self._subscription,
                     )
             connection.add_notify_handler(lambda notify: self._waker.wake())
-            if self._listen:
-                await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+            for name in channels if self._listen else ():
+                await connection.execute(sql.SQL("listen {}").format(sql.Identifier(name)))
         except BaseException:
             await connection.close()
             raise

@@ -121,11 +121,15 @@ class Session:
                     "select pg_backend_pid(), pgqueue.channel(%s)", (self._subscription,)
                 )
                 pid, channel = (cursor.fetchall())[0]
+            channels = [channel]
             # a pooler tells clients a pid of its own making; its sessions are not ours to set up
             if pid == connection.info.backend_pid:
                 connection.execute(SETTINGS)
-                cursor = connection.execute("select pgqueue.attach()")
-                self.owner = (cursor.fetchall())[0][0]
+                cursor = connection.execute(
+                    "select pgqueue.attach(), pgqueue.take_seat(%s)", (self._subscription,)
+                )
+                self.owner, seat = (cursor.fetchall())[0]
+                channels += [seat] if seat else []
             else:
                 connection.prepare_threshold = None
                 if self._connection is None:
@@ -135,8 +139,8 @@ class Session:
                         self._subscription,
                     )
             connection.add_notify_handler(lambda notify: self._waker.wake())
-            if self._listen:
-                connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+            for name in channels if self._listen else ():
+                connection.execute(sql.SQL("listen {}").format(sql.Identifier(name)))
         except BaseException:
             connection.close()
             raise

@@ -1,0 +1,139 @@
+"""Of many consumers that wait in seats a message wakes one, and no message waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.calls import await_seconds, put
+from tests.helpers import Connection, one, payloads, publish, receive, subscribe
+from tests.servers import Database
+
+pytestmark = pytest.mark.one_backend
+
+
+def seated(database: Database, count: int, subscription: str = "s") -> list[Connection]:
+    """Consumers that wait in seats and listen, nobody being in flight."""
+    consumers = [database.connect(autocommit=True) for _ in range(count)]
+    for consumer in consumers:
+        consumer.execute("set lock_timeout = '5s'")
+        for call in ("channel", "take_seat"):
+            channel = one(consumer, f"select pgqueue.{call}(%s)", subscription)
+            consumer.execute(f"listen {channel}")
+        assert receive(consumer, subscription) == []
+        assert await_seconds(consumer, subscription) > 0
+    return consumers
+
+
+def heard(consumers: Sequence[Connection]) -> list[Connection]:
+    """Those that were notified up to now."""
+    return [
+        consumer for consumer in consumers if list(consumer.notifies(timeout=0.1, stop_after=1))
+    ]
+
+
+@pytest.fixture
+def connection(database: Database) -> Connection:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    return connection
+
+
+def test_one_of_those_who_wait_is_woken(database: Database, connection: Connection) -> None:
+    consumers = seated(database, 5)
+    publish(connection)
+    (woken,) = heard(consumers)
+    assert payloads(receive(woken, "s")) == [1]
+    assert heard(consumers) == []
+
+
+def test_who_was_woken_wakes_the_next_if_there_is_more(
+    database: Database, connection: Connection
+) -> None:
+    consumers = seated(database, 3)
+    publish(connection, 3)
+    got = []
+    for _ in range(3):
+        (woken,) = heard(consumers)
+        consumers.remove(woken)
+        got += payloads(receive(woken, "s"))
+    assert got == [1, 2, 3]
+
+
+def test_message_of_a_publisher_that_found_a_consumer_waiting_who_then_took_another_wakes_one(
+    database: Database, connection: Connection
+) -> None:
+    """It is woken for both, and at work on the one when the other comes."""
+    first, second = seated(database, 2)
+    second.execute("select pgqueue.receive('s')")  # it does not wait for now
+    slow = database.connect()
+    publish(slow)
+    put(connection, 2)
+    assert heard([first]) == [first]
+    assert await_seconds(second) < 1  # a publisher is in flight
+    assert payloads(receive(first, "s")) == [2]
+    # may be in flight: woken by the first
+    assert heard([second]) == [second]
+    assert receive(second, "s") == []
+    assert await_seconds(second) < 1
+    slow.commit()
+    assert await_seconds(second) == 0
+    assert payloads(receive(second, "s")) == [1]
+
+
+def test_consumer_at_work_is_not_notified(database: Database, connection: Connection) -> None:
+    first, second = seated(database, 2)
+    publish(connection)
+    (woken,) = heard([first, second])
+    receive(woken, "s")
+    other = second if woken is first else first
+    for _ in range(8):
+        publish(connection)
+        assert heard([first, second]) == [other]
+
+
+def test_who_waits_without_a_seat_hears_of_it_when_none_waits_in_one(
+    database: Database, connection: Connection
+) -> None:
+    standing = database.connect(autocommit=True)
+    standing.execute(f"listen {one(standing, 'select pgqueue.channel(%s)', 's')}")
+    assert await_seconds(standing) > 0
+    (sitting,) = seated(database, 1)
+    publish(connection)
+    assert heard([standing, sitting]) == [sitting]
+    receive(sitting, "s")
+    publish(connection)
+    assert heard([standing]) == [standing]
+
+
+def test_seats_come_to_an_end_and_are_free_again(
+    database: Database, connection: Connection
+) -> None:
+    seats = one(connection, "select pgqueue.seats()")
+    sessions = [database.connect(autocommit=True) for _ in range(seats + 1)]
+    channels = [one(session, "select pgqueue.take_seat('s')") for session in sessions]
+    assert len(set(channels[:-1])) == seats
+    assert channels[-1] is None
+    assert one(sessions[3], "select pgqueue.take_seat('s')") == channels[3]
+    assert one(
+        connection,
+        "select pg_terminate_backend(%s, 30000)",
+        sessions[3].info.backend_pid,
+    )
+    assert one(sessions[-1], "select pgqueue.take_seat('s')") == channels[3]
+
+
+def test_publishers_that_look_at_once_do_not_take_each_other_for_waiters(
+    database: Database, connection: Connection
+) -> None:
+    (sitting,) = seated(database, 1)
+    looker = database.connect()
+    looker.execute(
+        "select pg_advisory_xact_lock_shared(pgqueue.waiting_seat_locks(),"
+        " pgqueue.seat_key(subscription_id, seat))"
+        " from pgqueue.subscriptions, generate_series(1, pgqueue.seats() - 1) seat"
+    )
+    for _ in range(3):
+        publish(connection)
+    assert heard([sitting]) == [sitting]
