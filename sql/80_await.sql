@@ -122,6 +122,12 @@ declare
   v_next record;
   v_event timestamptz;
   v_sleep interval := poll;
+  v_quiet boolean;
+  -- the numbers drawn up to now, of messages and of leases; nothing to know in a
+  -- transaction that has an id already
+  v_seen text := case when pg_current_xact_id_if_assigned() is null then format(
+    '%s/%s', pgqueue.last_id(), pg_sequence_last_value('pgqueue.receipts')
+  ) else '' end;
 begin
   if (
     current_setting('transaction_isolation') = 'read committed'
@@ -147,27 +153,27 @@ begin
     if v_registered is null then
       return least(poll, interval '10 ms');
     end if;
-  elsif v_clear_since is not null then
-    v_event := pgqueue.next_event(v_subscription.subscription_id);
-    if v_event is not null then
-      return case when v_event < 'infinity' then least(poll, v_event - clock_timestamp()) else poll end;
-    end if;
+  elsif split_part(v_registered, ' ', 7) = v_seen then
+    return poll;
   end if;
   v_waited := clock_timestamp() - to_timestamp(split_part(v_registered, ' ', 2)::float8);
 
-  v_in_flight := (
-    pg_current_xact_id_if_assigned() is null
-    -- whoever looked before this had his id before: see settled()
-    and pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot())
-  ) is not true and pgqueue.others_in_flight(
+  -- whoever drew a number or looked for waiters before had his id before: see settled()
+  v_quiet := pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot()) and v_seen <> '';
+  v_in_flight := v_clear_since is null and not v_quiet and pgqueue.others_in_flight(
     v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
   );
-  if not v_in_flight and v_clear_since is null then
+  if not v_in_flight then
+    v_event := pgqueue.next_event(v_subscription.subscription_id);
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
-      format('%s clear %s', v_registered, extract(epoch from clock_timestamp())), false
+      concat_ws(
+        ' ', array_to_string((string_to_array(v_registered, ' '))[:4], ' '), 'clear',
+        extract(epoch from coalesce(v_clear_since, clock_timestamp())),
+        case when v_quiet and v_event = 'infinity' then v_seen end
+      ),
+      false
     );
-    v_event := pgqueue.next_event(v_subscription.subscription_id);
     if v_event is not null then
       return case when v_event < 'infinity' then least(poll, v_event - clock_timestamp()) else poll end;
     end if;

@@ -44,8 +44,8 @@ class Waker:
         """Let the next sleep be a full one."""
         self._woken.clear()
 
-    async def wait(self, seconds: float, fileno: int | None = None) -> None:
-        """Sleep, and forget the wake-up that ended it."""
+    async def wait(self, seconds: float, fileno: int | None = None) -> bool:
+        """Sleep, and forget the wake-up that ended it. Whether one did."""
         # A loop has one reader per descriptor, and psycopg sets and removes its own.
         reader = None if fileno is None else os.dup(fileno)
         if reader is not None:
@@ -53,12 +53,13 @@ class Waker:
         try:
             await asyncio.wait_for(self._woken.wait(), seconds)
         except asyncio.TimeoutError:
-            pass
+            return False
         finally:
             if reader is not None:
                 self._loop.remove_reader(reader)
                 os.close(reader)
         self._woken.clear()
+        return True
 
     def close(self) -> None:
         """Nothing to free here."""

@@ -109,25 +109,28 @@ class AsyncSQLSource:
         )
 
     async def wait(self) -> None:
-        """Call pgqueue.await, and sleep as long as it says, a notification permitting."""
+        """Call pgqueue.await, and sleep as long as it says, until there is something to fetch."""
         if not self._listen:
             await self._waker.wait(min(self._poll, LONGEST_SLEEP_SECONDS))
             return
-        # what woke us so far is there to see for the statement that follows
-        self._waker.forget()
-        if self._session.stopped:
-            return
-        try:
-            ((sleep,),) = await self._session.execute(
-                "select extract(epoch from pgqueue.await(%s, %s))::float8",
-                (self._subscription, seconds(self._poll)),
-            )
-        except psycopg.OperationalError:
+        woken = False
+        while not woken:
+            # what woke us so far is there to see for the statement that follows
+            self._waker.forget()
             if self._session.stopped:
                 return
-            raise
-        if sleep > 0 and not self._session.stopped:
-            await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
+            try:
+                ((sleep,),) = await self._session.execute(
+                    "select extract(epoch from pgqueue.await(%s, %s))::float8",
+                    (self._subscription, seconds(self._poll)),
+                )
+            except psycopg.OperationalError:
+                if self._session.stopped:
+                    return
+                raise
+            if sleep <= 0 or self._session.stopped:
+                return
+            woken = await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
 
     def wake(self) -> None:
         """Let `wait` return."""

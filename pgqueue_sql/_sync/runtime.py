@@ -49,14 +49,15 @@ class Waker:
             while self._receiver.recv(4096):
                 pass
 
-    def wait(self, seconds: float, fileno: int | None = None) -> None:
-        """Sleep, and forget the wake-up that ended it."""
+    def wait(self, seconds: float, fileno: int | None = None) -> bool:
+        """Sleep, and forget the wake-up that ended it. Whether one did."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._receiver, selectors.EVENT_READ)
             if fileno is not None:
                 selector.register(fileno, selectors.EVENT_READ)
-            selector.select(seconds)
+            woken = bool(selector.select(seconds))
         self.forget()
+        return woken
 
     def close(self) -> None:
         """Free the sockets."""

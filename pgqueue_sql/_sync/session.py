@@ -97,14 +97,15 @@ class Session:
                 )
                 return []
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep until a notification comes, at most so many seconds."""
+    def sleep(self, seconds: float) -> bool:
+        """Sleep until a notification or wake-up comes, at most so many seconds. Whether one did."""
         connection = self._connection
         if connection is None or connection.closed:
-            return
+            return True
         # libpq may have read a notification together with the last result
-        if connection.pgconn.notifies() is None:
-            self._waker.wait(seconds, connection.fileno())
+        if connection.pgconn.notifies() is not None:
+            return True
+        return self._waker.wait(seconds, connection.fileno())
 
     def close(self) -> None:
         """Close the connection, for good."""
