@@ -52,10 +52,23 @@ create function pgqueue.owner_of_session(owner int) returns int
 language sql stable
 return case when owner::text = current_setting('pgqueue.owner', true) then owner end;
 
+-- Whether nobody has the lock of an owner's number, which costs a thousandth of a
+-- look at pg_locks. False for a dead one whose number somebody squats on.
+create function pgqueue.seems_dead(owner int, owner_pid int) returns boolean
+language sql volatile
+return owner_pid <> pg_backend_pid()
+  and pg_try_advisory_lock_shared(pgqueue.owner_locks(), owner)
+  and pg_advisory_unlock_shared(pgqueue.owner_locks(), owner);
+
+create function pgqueue.owners_setting(subscription_id int) returns text
+language sql stable
+return 'pgqueue.owners_' || subscription_id;
+
 -- Receipts of leases of the subscription that have ended without being
 -- settled: overdue, or their owner is dead. Leases are read before locks: an
 -- owner had its lock before its leases, so one whose lease was seen is dead if
--- its lock is not seen then.
+-- its lock is not seen then. A session looks at pg_locks when an owner seems
+-- dead, and for the squatters' sake once a second.
 create function pgqueue.ended_leases(
   subscription_id int, out overdue bigint[], out orphaned bigint[]
 )
@@ -64,7 +77,10 @@ as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
+  v_setting text := pgqueue.owners_setting(subscription_id);
+  v_looked float8 := nullif(current_setting(v_setting, true), '')::float8;
   v_owned bigint[];
+  v_seems_dead boolean;
 begin
   select (
     select array_agg(e.receipt order by e.deadline) from pgqueue.leases e
@@ -72,9 +88,16 @@ begin
   ), (
     select array_agg(e.receipt) from pgqueue.leases e
     where e.subscription_id = ended_leases.subscription_id and e.owner is not null
+  ), exists (
+    select from pgqueue.leases e
+    where e.subscription_id = ended_leases.subscription_id and e.owner is not null
+      and pgqueue.seems_dead(e.owner, e.owner_pid)
   )
-  into overdue, v_owned;
-  if v_owned is not null then
+  into overdue, v_owned, v_seems_dead;
+  if v_owned is not null
+    and (v_seems_dead or (v_looked > extract(epoch from v_now) - 1) is not true)
+  then
+    v_setting := set_config(v_setting, extract(epoch from v_now)::text, false);
     select array_agg(e.receipt order by e.deadline) into orphaned
     from pgqueue.leases e
     where e.receipt = any (v_owned)

@@ -27,6 +27,7 @@ begin
   where not exists (
     select from pgqueue.leases e
     where e.subscription_id = next_event.subscription_id and e.owner is not null
+      and pgqueue.seems_dead(e.owner, e.owner_pid)
   ) and not exists (
     select from pgqueue.lanes l
     where l.subscription_id = next_event.subscription_id and (
@@ -163,8 +164,8 @@ begin
   v_in_flight := v_clear_since is null and not v_quiet and pgqueue.others_in_flight(
     v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
   );
+  v_event := pgqueue.next_event(v_subscription.subscription_id);
   if not v_in_flight then
-    v_event := pgqueue.next_event(v_subscription.subscription_id);
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(
@@ -174,9 +175,12 @@ begin
       ),
       false
     );
-    if v_event is not null then
-      return case when v_event < 'infinity' then least(poll, v_event - clock_timestamp()) else poll end;
-    end if;
+  elsif not v_subscription.paused then
+    v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
+  end if;
+  if v_event is not null then
+    return case when v_event < 'infinity' then least(v_sleep, v_event - clock_timestamp())
+      else v_sleep end;
   end if;
   if v_subscription.ordering <> 'none' then
     v_settled := pgqueue.settled_by_floors(pgqueue.last_id());
@@ -194,7 +198,7 @@ begin
   if v_next.at < 'infinity' then
     v_sleep := least(v_sleep, v_next.at - clock_timestamp());
   end if;
-  if not v_subscription.paused and (v_in_flight or v_next.blocked) then
+  if not v_subscription.paused and v_next.blocked then
     v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
   end if;
   return greatest(v_sleep, interval '0 s');
