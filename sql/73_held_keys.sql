@@ -1,0 +1,186 @@
+-- Keys that are held: taking from their queues, and letting them go.
+
+-- From the queue of a held key: its first message, once it is due and what came
+-- before it is settled. What was never tried comes in batches. The key's row is
+-- the lock of its queue, for whoever takes from it or changes it.
+create function pgqueue.claim_held_key(s pgqueue.subscriptions, key_hash int, max_messages int)
+returns pgqueue.claim
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_claim pgqueue.claim;
+  v_now timestamptz := clock_timestamp();
+  v_held pgqueue.held_keys;
+  v_keep int;
+  v_expired boolean;
+begin
+  select h.* into v_held from pgqueue.held_keys h
+  where h.subscription_id = (s).subscription_id and h.key_hash = claim_held_key.key_hash
+  for update skip locked;
+  if not found then
+    return v_claim;
+  end if;
+  perform from pgqueue.leases e where e.receipt = v_held.receipt;
+  if found then
+    return v_claim;
+  end if;
+  loop
+    v_now := clock_timestamp();
+    select
+      array_agg(r.tid order by r.place), array_agg(r.message_id order by r.place),
+      array_agg(pgqueue.one_more(r.attempts) order by r.place),
+      min(r.place) filter (
+        where (r.due_at > v_now and (r.place = 1 or r.due_at < 'infinity'))
+          or (r.place > 1 and (r.attempts > 0 or r.alone or r.first_tried))
+      ) - 1,
+      bool_or(r.expires_at <= v_now)
+    into v_claim.retry_tids, v_claim.message_ids, v_claim.attempts, v_keep, v_expired
+    from (
+      select r.*, row_number() over (order by r.message_id) as place,
+        first_value(r.attempts > 0 or r.alone) over (order by r.message_id) as first_tried
+      from (
+        select r.*, r.ctid as tid from pgqueue.retries r
+        where r.subscription_id = (s).subscription_id and r.key_hash = v_held.key_hash
+        order by r.message_id limit max_messages
+      ) r
+    ) r;
+    exit when v_expired is not true;
+    perform pgqueue.expire_claimed(s, null, v_claim.retry_tids, v_now);
+    perform pgqueue.release_key((s).subscription_id, v_held.key_hash);
+  end loop;
+  if v_keep = 0 then
+    -- what is due behind a first message that is not will come after that one
+    update pgqueue.retries r set due_at = 'infinity'
+    where r.subscription_id = (s).subscription_id and r.key_hash = v_held.key_hash
+      and r.due_at <= v_now and r.message_id > v_claim.message_ids[1];
+  end if;
+  if v_keep is not null then
+    v_claim.retry_tids := v_claim.retry_tids[:v_keep];
+    v_claim.message_ids := nullif(v_claim.message_ids[:v_keep], '{}');
+    v_claim.attempts := v_claim.attempts[:v_keep];
+  end if;
+  v_claim.subscription_id := (s).subscription_id;
+  v_claim.lane := v_held.lane;
+  v_claim.key_hash := v_held.key_hash;
+  select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, null)
+  into v_claim.tending_is_due from pgqueue.lanes l
+  where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
+  return v_claim;
+end $$;
+
+-- From whichever held key has been due the longest.
+create function pgqueue.claim_held(s pgqueue.subscriptions, max_messages int)
+returns pgqueue.claim
+language plpgsql
+as $$
+declare
+  v_claim pgqueue.claim;
+  v_now timestamptz := clock_timestamp();
+  v_due record;
+begin
+  for v_due in
+    select r.key_hash from pgqueue.retries r
+    where r.subscription_id = s.subscription_id and r.due_at <= v_now
+      and r.key_hash is not null
+    order by r.due_at
+  loop
+    v_claim := pgqueue.claim_held_key(s, v_due.key_hash, max_messages);
+    exit when v_claim.message_ids is not null;
+  end loop;
+  return v_claim;
+end $$;
+
+-- After a message of a held key is settled: lets the next one in its queue
+-- come, or ends the hold when there is none. Where the row is locked it is
+-- left to tend().
+create function pgqueue.release_key(subscription_id int, key_hash int) returns void
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_first pgqueue.retries;
+  v_receipt bigint;
+  v_max_attempts int;
+begin
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    return;  -- an old snapshot may not see all of the queue
+  end if;
+  select h.receipt into v_receipt from pgqueue.held_keys h
+  where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash
+  for update skip locked;
+  if not found then
+    return;
+  end if;
+  perform from pgqueue.leases e where e.receipt = v_receipt;
+  if found then
+    return;  -- a part of it is still in flight
+  end if;
+  select r.* into v_first from pgqueue.retries r
+  where r.subscription_id = release_key.subscription_id and r.key_hash = release_key.key_hash
+  order by r.message_id limit 1;
+  if not found then
+    delete from pgqueue.held_keys h
+    where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash;
+  elsif v_first.due_at = 'infinity' then
+    -- if its attempts are used up it blocks, until it expires
+    select s.max_attempts into v_max_attempts from pgqueue.subscriptions s
+    where s.subscription_id = release_key.subscription_id;
+    update pgqueue.retries r set due_at = case
+      when r.attempts >= v_max_attempts then coalesce(r.expires_at, 'infinity')
+      else clock_timestamp() end
+    where r.subscription_id = v_first.subscription_id and r.key_hash = v_first.key_hash
+      and r.message_id = v_first.message_id;
+  end if;
+end $$;
+
+-- The named messages, in order by key: they come from one lane or one held key,
+-- so the first of them tells which.
+create function pgqueue.claim_named_by_key(
+  s pgqueue.subscriptions, ids bigint[], settled bigint
+) returns pgqueue.claim
+language plpgsql
+as $$
+declare
+  v_key text;
+  v_claim pgqueue.claim;
+begin
+  select m.key into v_key from pgqueue.messages_of(ids[1:1], null::smallint[]) m;
+  if v_key is null then
+    return pgqueue.claim_named(s.subscription_id, ids);
+  end if;
+  perform from pgqueue.retries r
+  where r.subscription_id = s.subscription_id and r.key_hash = pgqueue.key_hash(v_key)
+    and r.message_id = ids[1];
+  if found then
+    v_claim := pgqueue.claim_held_key(s, pgqueue.key_hash(v_key), cardinality(ids));
+  else
+    v_claim := pgqueue.claim_ordered(
+      s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
+    );
+  end if;
+  return v_claim;
+end $$;
+
+-- Lets go of keys whose last lease ended without release_key (their row was
+-- locked then, or the ack had an old snapshot) in a lane, or in all of them.
+-- Not of those whose first message waits, or blocks. Returns whether any.
+create function pgqueue.release_idle_keys(
+  subscription_id int, max_attempts int, lane smallint default null
+) returns boolean
+language plpgsql
+as $$
+#variable_conflict use_column
+begin
+  perform pgqueue.release_key(h.subscription_id, h.key_hash)
+  from pgqueue.held_keys h left join lateral (
+    select r.due_at, r.attempts from pgqueue.retries r
+    where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+    order by r.message_id limit 1
+  ) first on true
+  where h.subscription_id = release_idle_keys.subscription_id
+    and (release_idle_keys.lane is null or h.lane = release_idle_keys.lane)
+    and (first.due_at < 'infinity' or first.attempts >= release_idle_keys.max_attempts) is not true
+    and not exists (select from pgqueue.leases e where e.receipt = h.receipt);
+  return found;
+end $$;
