@@ -2,11 +2,10 @@
 
 -- What a session knows of its waiting, in a setting of its own per subscription:
 -- since which id, since when (epoch), the awakening that it counts from, the seat
--- or -; then "clear" and since when nobody is in flight who may have looked
--- before, and the last numbers drawn if there was nothing at all then. Or "no",
--- "-" and the awakening since which it does not wait. The setting goes with a
--- rollback, the locks stay: so it holds only as long as the session's awakening,
--- which no rollback takes back, is the same.
+-- or -, and "clear" and since when nobody is in flight who may have looked
+-- before. Or "no", "-" and the awakening since which it does not wait. The
+-- setting goes with a rollback, the locks stay: so it holds only as long as the
+-- session's awakening, which no rollback takes back, is the same.
 create function pgqueue.waiting_setting(subscription_id int) returns text
 language sql stable
 return 'pgqueue.waiting_' || subscription_id;

@@ -156,6 +156,7 @@ begin
     return false;
   end if;
   perform pgqueue.sweep(v_subscription_id);
+  perform nextval('pgqueue.awakenings');  -- so that who waits for it looks, and learns it
   return true;
 end $$;
 

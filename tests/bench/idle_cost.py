@@ -4,50 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
+
+import psycopg
 
 import pgqueue_sql
 
 from .report import Report
 from .scale import Scale
-from .servers import Lab
+from .servers import Database, Lab
 
 CONSUMERS = 200
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+WAITING = "select count(*) from pg_locks where classid = pgqueue.waiting_locks()::oid"
+CONNECTED = (
+    "select count(*) from pg_stat_activity"
+    " where datname = current_database() and pid <> pg_backend_pid() and query = 'select 1'"
+)
 
 _spawn = multiprocessing.get_context("spawn")
 
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
-    """The CPU time of the server's processes with no consumer, and with many idle ones."""
+    """The CPU time of the server's processes: many idle consumers, and as many that ask nothing."""
     with lab.database("pgqueue") as database:
         database.execute("select pgqueue.subscribe('s', 't')")
-        postmaster = int((lab.server.data_dir / "postmaster.pid").read_text().split()[0])
-        alone = _busy_share(postmaster, scale.idle_seconds)
-        started = _spawn.Event()
-        process = _spawn.Process(target=_wait, args=(database.dsn, started), daemon=True)
-        process.start()
-        try:
-            if not started.wait(60):
-                raise RuntimeError("the idle consumers did not start")
-            _settle(database.connect())
-            share = _busy_share(postmaster, scale.idle_seconds)
-        finally:
-            process.kill()
-            process.join()
-    report.figure(f"server, no consumer: {alone:.2%} of a core")
+        share = _share_of(lab, _wait, database, scale, WAITING)
+        floor = _share_of(lab, _poll, database, scale, CONNECTED)
+    report.figure(f"{CONSUMERS} sessions that select 1 once a second: {floor:.2%} of a core")
     report.target(
         9, f"{CONSUMERS} idle consumers, % of one core on the server", share * 100, at_most=2
     )
 
 
-def _settle(connection: Any) -> None:
-    """Wait until all consumers wait: their start is not what is measured."""
-    count = "select count(*) from pg_locks where classid = pgqueue.waiting_locks()::oid"
+def _share_of(
+    lab: Lab, work: Callable[[str, Event], None], database: Database, scale: Scale, started: str
+) -> float:
+    postmaster = int((lab.server.data_dir / "postmaster.pid").read_text().split()[0])
+    begun = _spawn.Event()
+    process = _spawn.Process(target=work, args=(database.dsn, begun), daemon=True)
+    process.start()
+    try:
+        if not begun.wait(60):
+            raise RuntimeError("the idle sessions did not start")
+        _settle(database.connect(), started)
+        return _busy_share(postmaster, scale.idle_seconds)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _settle(connection: Any, count: str) -> None:
+    """Wait until all are there: their start is not what is measured."""
     with connection:
         while connection.execute(count).fetchone()[0] < CONSUMERS:
             time.sleep(0.2)
@@ -65,28 +76,42 @@ def _wait(dsn: str, started: Event) -> None:
     asyncio.run(consume())
 
 
+def _poll(dsn: str, started: Event) -> None:
+    async def select() -> None:
+        connection = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+        while True:
+            await connection.execute("select 1", prepare=True)
+            await asyncio.sleep(1)
+
+    async def all_of_them() -> None:
+        started.set()
+        await asyncio.gather(*[select() for _ in range(CONSUMERS)])
+
+    asyncio.run(all_of_them())
+
+
 async def _ignore(message: pgqueue_sql.AsyncMessage[Any]) -> None:
     pass
 
 
 def _busy_share(postmaster: int, seconds: float) -> float:
     """CPU seconds per second of the postmaster and its children."""
-    start, before = time.monotonic(), _cpu_ticks(postmaster)
+    start, before = time.monotonic(), _cpu_nanoseconds(postmaster)
     time.sleep(seconds)
-    after = _cpu_ticks(postmaster)
+    after = _cpu_nanoseconds(postmaster)
     # a process that came or went in between counts with what it used while it was there
-    ticks = sum(after[pid] - before.get(pid, 0) for pid in after)
-    return ticks / TICKS_PER_SECOND / (time.monotonic() - start)
+    used = sum(after[pid] - before.get(pid, 0) for pid in after)
+    return used / 1e9 / (time.monotonic() - start)
 
 
-def _cpu_ticks(postmaster: int) -> dict[int, int]:
-    ticks = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def _cpu_nanoseconds(postmaster: int) -> dict[int, int]:
+    used = {}
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if postmaster in (int(process.name), parent):
+                # the ticks of /proc/PID/stat are too coarse for sessions that run for microseconds
+                used[int(process.name)] = int((process / "schedstat").read_text().split()[0])
         except OSError:
             continue  # it has ended
-        pid = int(stat.parent.name)
-        if postmaster in (pid, int(fields[1])):
-            ticks[pid] = int(fields[11]) + int(fields[12])
-    return ticks
+    return used
