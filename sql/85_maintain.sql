@@ -50,6 +50,7 @@ begin
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
   then
     perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
+    perform pgqueue.recycle_deliveries();
   end if;
 end $$;
 
@@ -140,6 +141,45 @@ begin
   return v_bytes - pg_total_relation_size(v_table::regclass);
 end $$;
 
+-- Truncates the deliveries if there are none, and returns how many bytes that
+-- freed. VACUUM gives no page of an index back: without this a backlog of once
+-- would stay on disk. As for a leaf, whoever has written holds off our lock.
+create function pgqueue.recycle_deliveries() returns bigint
+language plpgsql
+set lock_timeout = '25ms'
+as $$
+declare
+  v_bytes bigint := pg_total_relation_size('pgqueue.deliveries');
+begin
+  if v_bytes < 33554432 or pgqueue.anything_waits() then
+    return 0;
+  end if;
+  begin
+    lock table pgqueue.deliveries in access exclusive mode;
+  exception when lock_not_available or deadlock_detected then
+    return 0;
+  end;
+  if pgqueue.anything_waits() then
+    return 0;
+  end if;
+  truncate pgqueue.deliveries;
+  return v_bytes - pg_total_relation_size('pgqueue.deliveries');
+end $$;
+
+-- Nothing waits below low. In statements of their own, to see the newest commits.
+create function pgqueue.anything_waits() returns boolean
+language plpgsql
+as $$
+begin
+  return exists (
+    select from pgqueue.lanes l cross join lateral (
+      select from pgqueue.deliveries d
+      where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+      limit 1
+    ) d
+  );
+end $$;
+
 create function pgqueue.maintain()
 returns table (task text, subject text, amount bigint)
 language plpgsql security definer
@@ -225,6 +265,12 @@ begin
       return next;
     end if;
   end loop;
+  task := 'bytes freed of deliveries';
+  subject := 'pgqueue.deliveries';
+  amount := pgqueue.recycle_deliveries();
+  if amount > 0 then
+    return next;
+  end if;
 end $$;
 
 comment on function pgqueue.maintain() is

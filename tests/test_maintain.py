@@ -88,3 +88,27 @@ def test_no_number_of_attempts_stops_a_subscription(admin: Connection, subscript
     # as many as a message without max_attempts comes to when it is requeued without delay
     admin.execute("update pgqueue.deliveries set attempts = 32767 where message_id = %s", [first])
     assert ids_received(admin, subscription) == [first, second]
+
+
+@pytest.mark.one_backend
+def test_backlog_of_once_does_not_stay_on_disk(database: Database) -> None:
+    connection, other = database.connect(autocommit=True), database.connect()
+    subscribe(connection, "s")
+    for _ in range(5):
+        connection.execute(
+            "select count(*) from pgqueue.publish_batch('t', array_fill('1'::jsonb, array[100000]))"
+        )
+    size = "select pg_total_relation_size('pgqueue.deliveries')"
+    full = one(connection, size)
+    assert full > 32 << 20
+    assert one(connection, "select pgqueue.purge('s')") == 500_000
+    publish(other)  # in flight
+    freed = ("bytes freed of deliveries", "pgqueue.deliveries")
+    assert freed not in maintain(connection)
+    other.commit()
+    assert freed not in maintain(connection)
+    assert len(receive(connection, "s")) == 1
+    assert maintain(connection)[freed] > 30 << 20
+    assert one(connection, size) < 1 << 20
+    publish(connection)
+    assert len(receive(connection, "s")) == 1
