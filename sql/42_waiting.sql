@@ -76,12 +76,11 @@ declare
   v_setting text := pgqueue.waiting_setting(subscription_id);
   v_registered text := current_setting(v_setting, true);
   v_seat text := split_part(v_registered, ' ', 4);
-  v_done boolean;
 begin
   if pgqueue.is_current(v_registered) then
-    v_done := pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
     if v_seat <> '-' then
-      v_done := pg_advisory_unlock(
+      perform pg_advisory_unlock(
         pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
       );
     end if;

@@ -32,9 +32,8 @@ create function pgqueue.before_publish() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_floor bigint := pgqueue.take_floor();
 begin
+  perform pgqueue.take_floor();
   return null;
 end $$;
 
@@ -197,11 +196,10 @@ begin
     end if;
     select p.message_id into v_first_id from pgqueue.published_keys p
     where p.topic = claim_dedup_key.topic and p.dedup_key = claim_dedup_key.dedup_key;
-    if found then
-      return -v_first_id;
-    end if;
+    exit when found;
     -- it ended, and maintain() deleted it, between the two statements
   end loop;
+  return -v_first_id;
 exception when deadlock_detected then
   raise exception using
     errcode = 'deadlock_detected',
