@@ -228,4 +228,4 @@ begin
 end $$;
 
 comment on function pgqueue.await(text, interval) is
-  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.';
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.';
