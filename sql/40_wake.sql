@@ -45,6 +45,8 @@ as $$
 declare
   v_channel text := pgqueue.channel_of(subscription_id);
   v_seat int := floor(random() * pgqueue.seats());
+  -- odd, to come by every seat; at random, for seats that are taken lie side by side
+  v_step int := 1 + 2 * floor(random() * pgqueue.seats() / 2);
   v_key int;
 begin
   if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')
@@ -61,7 +63,7 @@ begin
       perform pg_notify(v_channel || '_' || v_seat, '');
       return true;
     end if;
-    v_seat := (v_seat + 1) % pgqueue.seats();
+    v_seat := (v_seat + v_step) % pgqueue.seats();
   end loop;
   perform pg_notify(v_channel, '');
   return true;
@@ -88,6 +90,9 @@ begin
       limit 1
     ) d
     where l.subscription_id = wake_next.subscription_id
+  ) or exists (
+    select from pgqueue.retries r
+    where r.subscription_id = wake_next.subscription_id and r.due_at <= clock_timestamp()
   ) then
     perform pgqueue.wake(subscription_id);
   end if;

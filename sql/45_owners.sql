@@ -56,7 +56,11 @@ return case when owner::text = current_setting('pgqueue.owner', true) then owner
 -- look at pg_locks. False for a dead one whose number somebody squats on.
 create function pgqueue.seems_dead(owner int, owner_pid int) returns boolean
 language sql volatile
-return owner_pid <> pg_backend_pid()
+-- not the session's own, which it could lock again; a dead one may have had its pid
+return (
+    owner_pid <> pg_backend_pid()
+    or owner::text is distinct from current_setting('pgqueue.owner', true)
+  )
   and pg_try_advisory_lock_shared(pgqueue.owner_locks(), owner)
   and pg_advisory_unlock_shared(pgqueue.owner_locks(), owner);
 

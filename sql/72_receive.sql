@@ -116,7 +116,8 @@ begin
     v_subscription := pgqueue.subscription_named(subscription);
   end if;
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
-  if v_registered not like 'no %' then
+  -- a rollback brings the setting back, not the locks
+  if (v_registered like 'no %' and pgqueue.is_current(v_registered)) is false then
     perform pgqueue.stop_waiting(v_subscription.subscription_id);
   end if;
   if v_subscription.ordering <> 'none' then

@@ -29,6 +29,18 @@ begin
     where e.subscription_id = next_event.subscription_id and e.owner is not null
       and pgqueue.seems_dead(e.owner, e.owner_pid)
   ) and not exists (
+    -- a key that is held without need: see release_idle_keys
+    select from pgqueue.held_keys h
+    join pgqueue.subscriptions s on s.subscription_id = h.subscription_id
+    left join lateral (
+      select r.due_at, r.attempts from pgqueue.retries r
+      where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+      order by r.message_id limit 1
+    ) first on true
+    where h.subscription_id = next_event.subscription_id
+      and (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true
+      and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
+  ) and not exists (
     select from pgqueue.lanes l
     where l.subscription_id = next_event.subscription_id and (
       l.low < v_last_id and l.tended_at < v_now - interval '10 s'
@@ -116,6 +128,7 @@ declare
   v_subscription pgqueue.subscriptions;
   v_registered text;
   v_clear_since timestamptz;
+  v_looks_again boolean;
   v_waited interval;
   v_in_flight boolean;
   v_settled bigint;
@@ -140,10 +153,10 @@ begin
 
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
   v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 6), '')::float8);
-  if v_registered like 'no %' or pgqueue.is_current(v_registered) is not true
-    -- a look at the locks now and then, for the session may have unlocked them all
-    or v_clear_since < clock_timestamp() - interval '1 min'
-  then
+  -- a look at the locks now and then: the session may have unlocked its own, and
+  -- somebody squat on a dead owner's
+  v_looks_again := v_clear_since < clock_timestamp() - interval '1 min';
+  if v_registered like 'no %' or pgqueue.is_current(v_registered) is not true or v_looks_again then
     v_clear_since := null;
     v_registered := pgqueue.start_waiting_anew(v_subscription.subscription_id, v_registered);
     if v_registered is null then
@@ -167,13 +180,16 @@ begin
       ),
       false
     );
-    if v_quiet and v_event = 'infinity' then
+    -- what blocks may be redriven without a number being drawn
+    if v_quiet and v_event = 'infinity' and not exists (
+      select from pgqueue.retries r where r.subscription_id = v_subscription.subscription_id
+    ) then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
     end if;
   elsif not v_subscription.paused then
     v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
   end if;
-  if v_event is not null then
+  if v_event is not null and v_looks_again is not true then
     return case when v_event < 'infinity' then least(v_sleep, v_event - clock_timestamp())
       else v_sleep end;
   end if;
@@ -229,3 +245,19 @@ end $$;
 
 comment on function pgqueue.await(text, interval) is
   'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.';
+
+create function pgqueue.stop_awaiting(subscription text) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_subscription pgqueue.subscriptions := pgqueue.subscription_named(subscription);
+begin
+  perform pgqueue.stop_waiting(v_subscription.subscription_id);
+  -- who notified us, or is about to, did not notify another
+  perform pg_current_xact_id();
+  perform pgqueue.wake_next(v_subscription.subscription_id);
+end $$;
+
+comment on function pgqueue.stop_awaiting(text) is
+  'Ends what await began, without receive: for a consumer that stops. What it may have been notified of another one is.';

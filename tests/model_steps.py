@@ -16,10 +16,15 @@ LEASED_LANES = """
 select e.lane from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id)
 where s.subscription = %s and e.lane > 0 and e.key_hash is null
 """
+LEASED_KEYS = """
+select e.key_hash from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id)
+where s.subscription = %s and e.key_hash is not null
+"""
 LANE_OF = """
 select pgqueue.lane_of(s.ordering, s.lanes, %s::text)
 from pgqueue.subscriptions s where s.subscription = %s
 """
+KEY_HASH = "select pgqueue.key_hash(%s)"
 LOG_LINES = 60
 EMPTY_CALLS = 4  # with order by key a call may look elsewhere
 
@@ -207,6 +212,10 @@ class Seed(Run):
         lanes = column(self.admin, LEASED_LANES, s.name)
         left = [i for i in self.model.deliverable(s) if i.state == "waiting"]
         left = [i for i in left if one(self.admin, LANE_OF, i.key, s.name) not in lanes]
+        keys = column(self.admin, LEASED_KEYS, s.name)
+        left = [
+            i for i in left if one(self.admin, "select pgqueue.key_hash(%s)", i.key) not in keys
+        ]
         require(not left, "nothing holds up what it is not ordered with", left, lanes)
 
     def step_purge(self) -> None:

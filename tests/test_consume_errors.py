@@ -211,8 +211,10 @@ def test_error_in_a_thread_ends_a_sleep_that_has_just_begun(database: Database) 
         if step == "wait":
             wait_until(lambda: wakes, "the thread's error")
         if step == "ack":
-            wait_until(lambda: "wait" in steps, "the main thread to go to sleep")
             raise RuntimeError("ack")
+
+    def handle(message: Message[Any]) -> None:
+        wait_until(lambda: "wait" in steps, "the main thread to go to sleep")
 
     wakes: list[None] = []
 
@@ -224,7 +226,7 @@ def test_error_in_a_thread_ends_a_sleep_that_has_just_begun(database: Database) 
 
     subscription = Subscription.from_source(Source(database, before))
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: subscription.consume(lambda message: None, concurrency=2))
+        future = pool.submit(lambda: subscription.consume(handle, concurrency=2))
         try:
             assert isinstance(future.exception(10), RuntimeError)
         finally:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 
-from tests.calls import await_seconds, put
-from tests.helpers import Connection, one, payloads, publish, receive, subscribe
+from pgqueue_sql import Message
+from tests.calls import await_seconds, put, requeue
+from tests.consuming import LONG_POLL, consumer_sleeps, open_queue, wait_until
+from tests.helpers import (
+    PATIENCE_SECONDS,
+    Connection,
+    column,
+    one,
+    payloads,
+    publish,
+    receive,
+    subscribe,
+)
 from tests.servers import Database
 
 pytestmark = pytest.mark.one_backend
@@ -137,3 +151,75 @@ def test_publishers_that_look_at_once_do_not_take_each_other_for_waiters(
     for _ in range(3):
         publish(connection)
     assert heard([sitting]) == [sitting]
+
+
+def test_released_messages_wake_one_after_the_other(
+    database: Database, connection: Connection
+) -> None:
+    publish(connection, 3)
+    (message, *_) = receive(connection, "s", 3)
+    consumers = seated(database, 3)
+    connection.execute("select pgqueue.release(%s)", [message.receipt])
+    got = []
+    for _ in range(3):
+        (woken,) = heard(consumers)
+        consumers.remove(woken)
+        got += payloads(receive(woken, "s"))
+    assert sorted(got) == [1, 2, 3]
+
+
+def test_stuck_consumer_in_the_first_of_adjacent_seats_gets_its_share_only(
+    database: Database, connection: Connection
+) -> None:
+    stuck, second, third = seated(database, 3)
+    woken = 0
+    for _ in range(40):
+        publish(connection)
+        woken += heard([stuck]) == [stuck]
+    assert 0 < woken < 30
+    assert len(heard([second, third])) == 2
+
+
+def test_consumer_that_is_stopped_while_others_of_it_work_leaves_its_seat(
+    database: Database,
+) -> None:
+    queue = open_queue(database)
+    subscription = queue.subscribe("s", "t")
+    queue.publish("t", 1)
+    working, finish = threading.Event(), threading.Event()
+
+    def handle(message: Message[int]) -> None:
+        working.set()
+        assert finish.wait(PATIENCE_SECONDS)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: subscription.consume(handle, concurrency=2, poll=LONG_POLL))
+        assert working.wait(PATIENCE_SECONDS)
+        wait_until(lambda: consumer_sleeps(queue.connection), "the other slot to wait")
+        subscription.stop()
+        waiting = "select count(*) from pg_locks where classid = pgqueue.waiting_seat_locks()::oid"
+        wait_until(lambda: one(queue.connection, waiting) == 0, "the seat to be left")
+        assert not future.done()
+        finish.set()
+        future.result(PATIENCE_SECONDS)
+
+
+def test_who_waits_finds_a_key_that_is_held_without_need(
+    database: Database, connection: Connection
+) -> None:
+    """The ack of an old snapshot does not let go of the key: who waits sees to it."""
+    subscribe(connection, "k", ordering="key", lanes=1)
+    (waiter,) = seated(database, 1, "k")
+    for payload in (1, 2):
+        put(connection, payload, "a")
+    requeue(connection, receive(connection, "k"))
+    assert receive(connection, "k", 5)[0].payload == 1
+    connection.execute("select pgqueue.maintain()")
+    (receipt,) = column(connection, "select receipt from pgqueue.in_flight")
+    acking = database.connect()
+    acking.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    acking.execute("select 1")
+    connection.execute("update pgqueue.retries set due_at = 'infinity'")
+    acking.execute("select pgqueue.ack(%s)", [receipt])
+    acking.commit()
+    assert await_seconds(waiter, "k") == 0

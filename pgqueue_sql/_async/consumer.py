@@ -86,9 +86,13 @@ class AsyncConsumer(Generic[T]):
             await self._give_back_rest()
             raise
         finally:
-            await self._acks.stop()
-            await self._heartbeat.stop()
-            await self._source.close()
+            try:
+                await self._acks.stop()
+            finally:
+                try:
+                    await self._heartbeat.stop()
+                finally:
+                    await self._source.close()
         if len(self._errors) > 1:
             raise BaseExceptionGroup("several errors stopped consuming", self._errors)
         if self._errors:
@@ -124,7 +128,8 @@ class AsyncConsumer(Generic[T]):
         started = time.monotonic()
         try:
             for start in range(0, len(messages), size):
-                if time.monotonic() > self._kept_until[messages[0].receipt]:
+                receipt = messages[0].receipt
+                if messages[0].lease_lost or time.monotonic() > self._kept_until[receipt]:
                     await self.shield.run(self._make_sure, messages)
                 if self._stopping or not await self._deliver(messages[start : start + size]):
                     await self.shield.run(self._release, messages)
@@ -163,7 +168,7 @@ class AsyncConsumer(Generic[T]):
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
             await self.shield.run(self._requeue, messages, None)
             return False
-        self._acks.add(unsettled(messages))
+        self._acks.add(messages)
         return True
 
     async def _call_handler(self, messages: Messages) -> Ack | None:

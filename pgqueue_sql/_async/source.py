@@ -132,9 +132,17 @@ class AsyncSQLSource:
                 if self._session.stopped:
                     return
                 raise
-            if sleep <= 0 or self._session.stopped:
+            if sleep <= 0:
                 return
-            woken = await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
+            if not self._session.stopped:
+                woken = await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
+            if self._session.stopped:
+                # handlers may run on for long: publishers should wake somebody else
+                with suppress(psycopg.OperationalError):
+                    await self._session.execute(
+                        "select pgqueue.stop_awaiting(%s)", (self._subscription,)
+                    )
+                return
 
     def wake(self) -> None:
         """Let `wait` return."""

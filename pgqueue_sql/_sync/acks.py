@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,10 @@ class Acks:
     def __init__(self, source: Source, on_error: Callable[[BaseException], None]) -> None:
         self._source = source
         self._on_error = on_error
+        # what is added, by any thread: a deque's append needs no lock
+        self._handled: deque[Messages] = deque()
+        # receipts of which a handler's transaction has a part, and may give it back
+        self._shared: set[int] = set()
         self._groups: dict[int, Messages] = {}
         # held by who sends: a whole receipt must not be acked while a part of it is
         self._sending = Lock()
@@ -33,17 +38,30 @@ class Acks:
 
     def add(self, messages: Messages) -> None:
         """Ack these messages of one receipt soon."""
-        for message in messages:
+        if any(message.acked_elsewhere for message in messages):
+            self._shared.add(messages[0].receipt)
+        mine = [message for message in messages if not message.settled]
+        for message in mine:
             message.settled = True
-        if messages:
-            self._groups.setdefault(messages[0].receipt, []).extend(messages)
+        if mine:
+            self._handled.append(mine)
             self._timer.start()
+
+    def _collect(self) -> None:
+        while self._handled:
+            messages = self._handled.popleft()
+            self._groups.setdefault(messages[0].receipt, []).extend(messages)
 
     def fetch(self, max_messages: int, *, one_receipt: bool) -> Messages:
         """Fetch messages; where acks are of one receipt only, with them all that is left of it."""
         with self._sending:
+            self._collect()
             receipt, acked = self._groups.popitem() if one_receipt and self._groups else (0, [])
             try:
+                if receipt in self._shared:
+                    self._source.ack(acked)
+                    acked = []
+                self._shared.clear()
                 return list(self._source.fetch_pending(max_messages, acked))
             except BaseException:
                 if acked:
@@ -53,6 +71,7 @@ class Acks:
     def send(self) -> None:
         """Send all of them now."""
         with self._sending:
+            self._collect()
             while self._groups:
                 _, messages = self._groups.popitem()
                 try:
@@ -61,6 +80,7 @@ class Acks:
                     for message in messages:
                         message.settled = False
                     raise
+                self._collect()
 
     def stop(self) -> None:
         """Send what the timer would."""

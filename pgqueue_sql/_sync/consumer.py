@@ -87,9 +87,13 @@ class Consumer(Generic[T]):
             self._give_back_rest()
             raise
         finally:
-            self._acks.stop()
-            self._heartbeat.stop()
-            self._source.close()
+            try:
+                self._acks.stop()
+            finally:
+                try:
+                    self._heartbeat.stop()
+                finally:
+                    self._source.close()
         if len(self._errors) > 1:
             raise BaseExceptionGroup("several errors stopped consuming", self._errors)
         if self._errors:
@@ -125,7 +129,8 @@ class Consumer(Generic[T]):
         started = time.monotonic()
         try:
             for start in range(0, len(messages), size):
-                if time.monotonic() > self._kept_until[messages[0].receipt]:
+                receipt = messages[0].receipt
+                if messages[0].lease_lost or time.monotonic() > self._kept_until[receipt]:
                     self.shield.run(self._make_sure, messages)
                 if self._stopping or not self._deliver(messages[start : start + size]):
                     self.shield.run(self._release, messages)
@@ -164,7 +169,7 @@ class Consumer(Generic[T]):
         if answer is Ack.REQUEUE or any(message.requeued for message in messages):
             self.shield.run(self._requeue, messages, None)
             return False
-        self._acks.add(unsettled(messages))
+        self._acks.add(messages)
         return True
 
     def _call_handler(self, messages: Messages) -> Ack | None:

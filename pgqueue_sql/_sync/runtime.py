@@ -215,12 +215,13 @@ class _Consuming:
     def __init__(self, stop: Callable[[], None], shield: Shield) -> None:
         self._stop = stop
         self._shield = shield
-        self._stopping = False
+        self._signals: list[int] = []
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
+        # one handler may interrupt another at any point, but not this call
+        self._signals.append(number)
+        if len(self._signals) > 1:
             self._shield.interrupt()
-        self._stopping = True
         self._stop()
 
 
