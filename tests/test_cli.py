@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -110,8 +111,12 @@ def test_status_watch_repeats_until_interrupted(database: Database) -> None:
     ) as process:
         assert process.stdout is not None
         heads = [line for line in (process.stdout.readline() for _ in range(4)) if "topic" in line]
-        process.send_signal(2)
-        assert process.wait(timeout=30) == 130
+        for _ in range(5):  # Python may lose one to a finalizer that it runs in
+            process.send_signal(2)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+                break
+        assert process.returncode == 130
     assert len(heads) == 2
 
 
