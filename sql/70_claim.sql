@@ -276,7 +276,7 @@ begin
     end if;
     exit when v_claim.message_ids is not null;
     exit when pgqueue.reclaim(s.subscription_id, 1) = 0
-      and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s.subscription_id, s.max_attempts));
+      and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s.subscription_id));
   end loop;
   return v_claim;
 end $$;

@@ -162,25 +162,31 @@ begin
   return v_claim;
 end $$;
 
--- Lets go of keys whose last lease ended without release_key (their row was
--- locked then, or the ack had an old snapshot) in a lane, or in all of them.
--- Not of those whose first message waits, or blocks. Returns whether any.
-create function pgqueue.release_idle_keys(
-  subscription_id int, max_attempts int, lane smallint default null
-) returns boolean
+-- Keys that are held without need: their last lease ended without release_key
+-- (their row was locked then, or the ack had an old snapshot). Not those whose
+-- first message waits, or blocks.
+create view pgqueue.idle_keys as
+select h.subscription_id, h.key_hash, h.lane
+from pgqueue.held_keys h
+join pgqueue.subscriptions s on s.subscription_id = h.subscription_id
+left join lateral (
+  select r.due_at, r.attempts from pgqueue.retries r
+  where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+  order by r.message_id limit 1
+) first on true
+where (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true
+  and not exists (select from pgqueue.leases e where e.receipt = h.receipt);
+
+-- Lets go of them, in a lane or in all. Returns whether there was any.
+create function pgqueue.release_idle_keys(subscription_id int, lane smallint default null)
+returns boolean
 language plpgsql
 as $$
 #variable_conflict use_column
 begin
-  perform pgqueue.release_key(h.subscription_id, h.key_hash)
-  from pgqueue.held_keys h left join lateral (
-    select r.due_at, r.attempts from pgqueue.retries r
-    where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
-    order by r.message_id limit 1
-  ) first on true
-  where h.subscription_id = release_idle_keys.subscription_id
-    and (release_idle_keys.lane is null or h.lane = release_idle_keys.lane)
-    and (first.due_at < 'infinity' or first.attempts >= release_idle_keys.max_attempts) is not true
-    and not exists (select from pgqueue.leases e where e.receipt = h.receipt);
+  perform pgqueue.release_key(k.subscription_id, k.key_hash)
+  from pgqueue.idle_keys k
+  where k.subscription_id = release_idle_keys.subscription_id
+    and (release_idle_keys.lane is null or k.lane = release_idle_keys.lane);
   return found;
 end $$;

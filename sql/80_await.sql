@@ -29,17 +29,7 @@ begin
     where e.subscription_id = next_event.subscription_id and e.owner is not null
       and pgqueue.seems_dead(e.owner, e.owner_pid)
   ) and not exists (
-    -- a key that is held without need: see release_idle_keys
-    select from pgqueue.held_keys h
-    join pgqueue.subscriptions s on s.subscription_id = h.subscription_id
-    left join lateral (
-      select r.due_at, r.attempts from pgqueue.retries r
-      where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
-      order by r.message_id limit 1
-    ) first on true
-    where h.subscription_id = next_event.subscription_id
-      and (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true
-      and not exists (select from pgqueue.leases e where e.receipt = h.receipt)
+    select from pgqueue.idle_keys k where k.subscription_id = next_event.subscription_id
   ) and not exists (
     select from pgqueue.lanes l
     where l.subscription_id = next_event.subscription_id and (
@@ -138,18 +128,9 @@ declare
   v_sleep interval := poll;
   v_quiet boolean;
 begin
-  if (
-    current_setting('transaction_isolation') = 'read committed'
-    and poll > interval '0 s' and poll < interval '100 years'
-  ) is not true then
-    perform pgqueue.require_read_committed('await');
-    perform pgqueue.require_duration('poll', poll, false);
-  end if;
-  select s.* into v_subscription from pgqueue.subscriptions s
-  where s.subscription = look_and_wait.subscription;
-  if not found then
-    v_subscription := pgqueue.subscription_named(subscription);
-  end if;
+  perform pgqueue.require_read_committed('await');
+  perform pgqueue.require_duration('poll', poll, false);
+  v_subscription := pgqueue.subscription_named(subscription);
 
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
   v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 6), '')::float8);

@@ -43,8 +43,7 @@ begin
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
   perform pgqueue.reclaim(subscription_id, 100);
-  perform pgqueue.release_idle_keys(s.subscription_id, s.max_attempts, tend.lane)
-  from pgqueue.subscriptions s where s.subscription_id = tend.subscription_id;
+  perform pgqueue.release_idle_keys(subscription_id, lane);
 
   if v_low >> 16 > v_lane.low >> 16
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)

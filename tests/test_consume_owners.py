@@ -223,7 +223,11 @@ def test_handler_in_a_task_is_cancelled_when_its_lease_is_lost(database: Databas
     assert in_flight(queue.connection) == 1
 
 
-def test_messages_of_a_consumer_whose_connection_breaks_reach_another(database: Database) -> None:
+@contextmanager
+def handling_through_a_proxy(
+    database: Database, lease: float
+) -> Iterator[tuple[Connection, Proxy, threading.Event]]:
+    """A consumer at work, until the event is set, on the one message of s; and its connection."""
     connection = database.connect(autocommit=True)
     subscribe(connection, "s")
     publish(connection)
@@ -236,39 +240,31 @@ def test_messages_of_a_consumer_whose_connection_breaks_reach_another(database: 
     with Proxy(database.server.host, database.server.port) as proxy:
         dsn = f"{database.dsn} port={proxy.port}"
         subscription = Subscription("s", lambda: psycopg.connect(dsn))
-        with consuming(subscription, handle, lease=3600.0):
+        with consuming(subscription, handle, lease=lease):
             assert handling.wait(PATIENCE_SECONDS)
-            proxy.cut()
-            message = receive_in_time(connection)
-            assert message.deliveries == 2
-            other_has_it.set()
-            # its ack fails on a new connection, and that it says in the log only
-            wait_until(lambda: proxy.connections == 2, "the consumer to connect again")
+            yield connection, proxy, other_has_it
+
+
+def test_messages_of_a_consumer_whose_connection_breaks_reach_another(database: Database) -> None:
+    with handling_through_a_proxy(database, lease=3600.0) as (connection, proxy, other_has_it):
+        proxy.cut()
+        message = receive_in_time(connection)
+        assert message.deliveries == 2
+        other_has_it.set()
+        # its ack fails on a new connection, and that it says in the log only
+        wait_until(lambda: proxy.connections == 2, "the consumer to connect again")
     assert ack(connection, [message]) == 1
 
 
 def test_consumer_that_the_server_hears_no_more_of_loses_its_lease_at_the_deadline(
     database: Database,
 ) -> None:
-    connection = database.connect(autocommit=True)
-    subscribe(connection, "s")
-    publish(connection)
-    handling, other_has_it = threading.Event(), threading.Event()
-
-    def handle(message: Message[Any]) -> None:
-        handling.set()
-        assert other_has_it.wait(PATIENCE_SECONDS)
-
-    with Proxy(database.server.host, database.server.port) as proxy:
-        dsn = f"{database.dsn} port={proxy.port}"
-        subscription = Subscription("s", lambda: psycopg.connect(dsn))
-        with consuming(subscription, handle, lease=1.0):
-            assert handling.wait(PATIENCE_SECONDS)
-            proxy.hold()
-            message = receive_in_time(connection)
-            assert message.deliveries == 2
-            other_has_it.set()
-            proxy.cut()
+    with handling_through_a_proxy(database, lease=1.0) as (connection, proxy, other_has_it):
+        proxy.hold()
+        message = receive_in_time(connection)
+        assert message.deliveries == 2
+        other_has_it.set()
+        proxy.cut()
     assert ack(connection, [message]) == 1
 
 
