@@ -138,10 +138,11 @@ begin
     end if;
     if v_claim.retry_tids is null
       and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16
+      and v_claim.attempts[1] = all (v_claim.attempts)
     then
       return query
       select m.*, v_receipt from pgqueue.messages_of_leaf(
-        ((v_claim.message_ids[1] >> 16) & 3)::int, v_claim.message_ids, v_claim.attempts
+        ((v_claim.message_ids[1] >> 16) & 3)::int, v_claim.message_ids, v_claim.attempts[1]
       ) m;
     else
       return query
