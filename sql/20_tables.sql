@@ -51,14 +51,16 @@ comment on table pgqueue.subscriptions is 'One row per subscription: its topic a
 -- Lane 0 is unordered: any number of consumers take from it side by side. A
 -- lane above 0 is ordered: its row is the lock that a consumer takes from it
 -- under. Total order has lane 1; order by key has lanes 1 and up for the keys'
--- hashes, and lane 0 for messages without a key. low is a hint for speed: no delivery of the lane, waiting, leased or
--- yet to appear, has message_id <= low, so index scans start there and not at
--- the dead entries that VACUUM could not remove yet. A row is updated about
--- once a second at most, for updates leave dead rows too.
+-- hashes, and lane 0 for messages without a key. low is a hint for speed: no
+-- delivery of the lane, waiting, leased or yet to appear, has message_id <= low,
+-- so index scans start there and not at the dead entries that VACUUM could not
+-- remove yet. So does receipt_low for the leases of the whole subscription. A
+-- row is updated about once a second at most, for updates leave dead rows too.
 create table pgqueue.lanes (
   subscription_id int not null,
   lane smallint not null,
   low bigint not null default 0,
+  receipt_low bigint not null default 0,
   tended_at timestamptz not null default '-infinity',
   last_delivered_at timestamptz not null default '-infinity',
   last_ack_at timestamptz not null default '-infinity',
@@ -123,9 +125,7 @@ comment on table pgqueue.deliveries is 'One row per subscription and message tha
 
 -- One row per batch in flight. attempts runs beside message_ids and counts
 -- this delivery. key_hash: the batch comes from the queue of a held key.
--- first_id is the lowest of the message_ids at the time of the lease: above the
--- lane's low, so that the look for a live lease of an ordered lane starts
--- behind the dead ones.
+-- first_id is the lowest of the message_ids at the time of the lease.
 create table pgqueue.leases (
   receipt bigint primary key default nextval('pgqueue.receipts'),
   subscription_id int not null,
@@ -139,10 +139,10 @@ create table pgqueue.leases (
   leased_at timestamptz not null default clock_timestamp(),
   deadline timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
-create index leases_of_lane on pgqueue.leases (subscription_id, lane, first_id)
-  where lane > 0 and key_hash is null;
-create index leases_deadline on pgqueue.leases (subscription_id, deadline);
-create index leases_owned on pgqueue.leases (subscription_id) where owner is not null;
+-- For every look at a subscription's leases, whatever for: with a second index
+-- that begins with the subscription, the planner takes the wrong one when its
+-- statistics are old, and the look reads all that are dead.
+create index leases_of_subscription on pgqueue.leases (subscription_id, receipt);
 
 comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
 

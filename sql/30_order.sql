@@ -14,6 +14,10 @@ create function pgqueue.last_id() returns bigint
 language sql volatile
 return coalesce(pg_sequence_last_value('pgqueue.message_ids'), 0);
 
+create function pgqueue.last_receipt() returns bigint
+language sql volatile
+return coalesce(pg_sequence_last_value('pgqueue.receipts'), 0);
+
 create function pgqueue.floor_key(floor bigint) returns int
 language sql immutable parallel safe
 return ((floor & 4294967295) - 2147483648)::int;
@@ -26,13 +30,13 @@ language sql immutable parallel safe
 return last_id + 2147483648 - ((last_id - key::bigint) & 4294967295);
 
 -- Every floor held in this database, whoever holds it (a prepared transaction
--- has no pid).
+-- has no pid): of message ids, and of receipts.
 create view pgqueue.floors as
-select l.pid, l.objid as key
+select l.pid, l.objid as key, l.classid = pgqueue.receipt_floor_locks()::oid as of_receipts
 from pg_locks l
 where l.locktype = 'advisory'
   and l.database = (select d.oid from pg_database d where d.datname = current_database())
-  and l.classid = pgqueue.floor_locks()::oid
+  and l.classid in (pgqueue.floor_locks()::oid, pgqueue.receipt_floor_locks()::oid)
   and l.objsubid = 2
   and l.granted;
 
@@ -71,7 +75,9 @@ create function pgqueue.settled_by_floors(last_id bigint) returns bigint
 language plpgsql
 as $$
 begin
-  return least(last_id, (select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f));
+  return least(last_id, (
+    select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f where not f.of_receipts
+  ));
 end $$;
 
 -- The same for a transaction that is about to write. pg_locks costs the more
@@ -112,4 +118,34 @@ begin
   end if;
   perform set_config('pgqueue.settled', v_xid || ':' || v_settled, true);
   return v_settled;
+end $$;
+
+-- Draws the number of a new lease. Receipts have floors, too: the look for leases
+-- must not start above one that is yet to be committed.
+create function pgqueue.next_receipt() returns bigint
+language plpgsql
+as $$
+declare
+  v_floor bigint := pgqueue.last_receipt();
+begin
+  while not pgqueue.lock_receipt_floor(v_floor) loop
+    v_floor := v_floor - 1;
+  end loop;
+  return nextval('pgqueue.receipts');
+end $$;
+
+create function pgqueue.lock_receipt_floor(floor bigint) returns boolean
+language sql volatile
+return pg_try_advisory_xact_lock_shared(pgqueue.receipt_floor_locks(), pgqueue.floor_key(floor));
+
+-- The highest receipt up to which every lease is committed, or never will be.
+create function pgqueue.settled_receipts() returns bigint
+language plpgsql
+as $$
+declare
+  v_last_receipt bigint := pgqueue.last_receipt();
+begin
+  return least(v_last_receipt, (
+    select min(pgqueue.floor_of(f.key, v_last_receipt)) from pgqueue.floors f where f.of_receipts
+  ));
 end $$;

@@ -86,18 +86,16 @@ declare
   v_owned bigint[];
   v_seems_dead boolean;
 begin
-  select (
-    select array_agg(e.receipt order by e.deadline) from pgqueue.leases e
-    where e.subscription_id = ended_leases.subscription_id and e.deadline < v_now
-  ), (
-    select array_agg(e.receipt) from pgqueue.leases e
-    where e.subscription_id = ended_leases.subscription_id and e.owner is not null
-  ), exists (
-    select from pgqueue.leases e
-    where e.subscription_id = ended_leases.subscription_id and e.owner is not null
-      and pgqueue.seems_dead(e.owner, e.owner_pid)
-  )
-  into overdue, v_owned, v_seems_dead;
+  select
+    array_agg(e.receipt order by e.deadline) filter (where e.deadline < v_now),
+    array_agg(e.receipt) filter (where e.owner is not null),
+    bool_or(case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end)
+  into overdue, v_owned, v_seems_dead
+  from pgqueue.leases e
+  where e.subscription_id = ended_leases.subscription_id and e.receipt > (
+    select max(l.receipt_low) from pgqueue.lanes l
+    where l.subscription_id = ended_leases.subscription_id
+  );
   if v_owned is not null
     and (v_seems_dead or (v_looked > extract(epoch from v_now) - 1) is not true)
   then

@@ -286,7 +286,9 @@ create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns
 language plpgsql
 as $$
 declare
-  v_receipt bigint := nextval('pgqueue.receipts');
+  -- next_receipt() without the call, unless somebody squats on the floor
+  v_receipt bigint := case when pgqueue.lock_receipt_floor(pgqueue.last_receipt())
+    then nextval('pgqueue.receipts') else pgqueue.next_receipt() end;
   v_owner int := pgqueue.owner_of_session(owner);
 begin
   if c.tending_is_due then

@@ -42,8 +42,8 @@ begin
     return v_claim;
   end if;
   perform from pgqueue.leases e
-  where e.subscription_id = (s).subscription_id and e.lane = claim_ordered.lane
-    and e.lane > 0 and e.key_hash is null and e.first_id > v_lane.low
+  where e.subscription_id = (s).subscription_id and e.receipt > v_lane.receipt_low
+    and e.lane = claim_ordered.lane and e.key_hash is null
   limit 1;
   if found then
     return v_claim;
@@ -187,7 +187,9 @@ begin
   return c;
 end $$;
 
--- From whichever ordered lane is free and has the oldest message.
+-- From the first ordered lane that is free and has something, beginning with
+-- another one after every receipt. To look at all of them, for the oldest
+-- message, would be to walk over the dead entries of all.
 create function pgqueue.claim_any_lane(
   s pgqueue.subscriptions, max_messages int, settled bigint
 ) returns pgqueue.claim
@@ -195,24 +197,31 @@ language plpgsql
 as $$
 declare
   v_claim pgqueue.claim;
-  v_lane smallint;
-begin
-  for v_lane in
-    select l.lane from pgqueue.lanes l
+  v_start int := pgqueue.last_receipt() % s.lanes;
+  -- a cursor: it looks at no more lanes than are asked for
+  v_lanes cursor for
+    select l.lane
+    from generate_series(v_start, v_start + s.lanes - 1) turn
     cross join lateral (
-      select d.message_id from pgqueue.deliveries d
-      where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
-      order by d.message_id limit 1
+      select l.* from pgqueue.lanes l
+      where l.subscription_id = s.subscription_id and l.lane = 1 + turn % s.lanes
+      offset 0
+    ) l
+    cross join lateral (
+      select from pgqueue.deliveries d
+      where d.subscription_id = l.subscription_id and d.lane = l.lane
+        and d.message_id > l.low and d.message_id <= settled
+      limit 1
     ) d
-    where l.subscription_id = s.subscription_id and l.lane > 0 and d.message_id <= settled
-      and not exists (
-        select from pgqueue.leases e
-        where e.subscription_id = l.subscription_id and e.lane = l.lane
-          and e.lane > 0 and e.key_hash is null and e.first_id > l.low
-      )
-    order by d.message_id
-  loop
-    v_claim := pgqueue.claim_ordered(s, v_lane, max_messages, settled);
+    where not exists (
+      select from pgqueue.leases e
+      where e.subscription_id = l.subscription_id and e.receipt > l.receipt_low
+        and e.lane = l.lane and e.key_hash is null
+      offset 0
+    );
+begin
+  for v_lane in v_lanes loop
+    v_claim := pgqueue.claim_ordered(s, v_lane.lane, max_messages, settled);
     exit when v_claim.message_ids is not null;
   end loop;
   return v_claim;

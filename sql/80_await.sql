@@ -20,15 +20,18 @@ begin
   select least(
     (select r.due_at from pgqueue.retries r
      where r.subscription_id = next_event.subscription_id order by r.due_at limit 1),
-    (select e.deadline from pgqueue.leases e
-     where e.subscription_id = next_event.subscription_id order by e.deadline limit 1),
+    min(e.deadline),
     'infinity'
   ) into v_at
-  where not exists (
-    select from pgqueue.leases e
-    where e.subscription_id = next_event.subscription_id and e.owner is not null
-      and pgqueue.seems_dead(e.owner, e.owner_pid)
-  ) and not exists (
+  from pgqueue.leases e
+  where e.subscription_id = next_event.subscription_id and e.receipt > (
+    select max(l.receipt_low) from pgqueue.lanes l
+    where l.subscription_id = next_event.subscription_id
+  )
+  having bool_or(
+    case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end
+  ) is not true
+  and not exists (
     select from pgqueue.idle_keys k where k.subscription_id = next_event.subscription_id
   ) and not exists (
     select from pgqueue.lanes l
@@ -72,12 +75,16 @@ language plpgsql
 as $$
 declare
   v_now timestamptz := clock_timestamp();
+  v_receipt_low bigint := (
+    select max(l.receipt_low) from pgqueue.lanes l where l.subscription_id = s.subscription_id
+  );
 begin
   select least(
     (select min(r.due_at) from pgqueue.retries r
      where r.subscription_id = s.subscription_id and r.due_at > v_now),
     (select min(e.deadline) from pgqueue.leases e
-     where e.subscription_id = s.subscription_id and e.deadline > v_now),
+     where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
+       and e.deadline > v_now),
     min(d.not_before) filter (where not d.is_leased and d.not_before > v_now)
   ), coalesce(bool_or(
     -- only in total order does a message that waits hold up the rest: elsewhere
@@ -88,15 +95,16 @@ begin
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
   ) or exists (
     select from pgqueue.leases e
-    where e.subscription_id = s.subscription_id and e.deadline <= v_now
+    where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
+      and e.deadline <= v_now
   )
   into at, blocked
   from pgqueue.lanes l cross join lateral (
     -- once expired it is out of the way
     select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
       select from pgqueue.leases e
-      where e.subscription_id = l.subscription_id and e.lane = l.lane and e.lane > 0
-        and e.key_hash is null and e.first_id > l.low
+      where e.subscription_id = l.subscription_id and e.receipt > v_receipt_low
+        and e.lane = l.lane and e.lane > 0 and e.key_hash is null
     ) as is_leased
     from pgqueue.deliveries d
     where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
@@ -202,7 +210,7 @@ end $$;
 create function pgqueue.numbers_drawn() returns text
 language sql volatile
 return concat_ws(
-  '/', pgqueue.last_id(), coalesce(pg_sequence_last_value('pgqueue.receipts'), 0),
+  '/', pgqueue.last_id(), pgqueue.last_receipt(),
   coalesce(pg_sequence_last_value('pgqueue.awakenings'), 0),
   floor((extract(epoch from clock_timestamp()) + pg_backend_pid() % 60) / 60)
 );

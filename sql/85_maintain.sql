@@ -1,11 +1,12 @@
 -- Housekeeping. No daemon: whoever fetches or waits does what is due.
 
--- Advances a lane's low-water mark, takes back leases that ended, and lets go
+-- Advances a lane's low-water marks, takes back leases that ended, and lets go
 -- of keys that are held without need. Skipped when another transaction is at it. delivered: the caller just took something.
 --
 -- low stays below whatever is or may come back in the lane: what is not
 -- settled, what waits (seen by a plain read, so also what another transaction
--- has taken but not committed) and, in an ordered lane, what is leased.
+-- has taken but not committed) and, in an ordered lane, what is leased. So does
+-- receipt_low, below whatever lease there is or may be.
 create function pgqueue.tend(subscription_id int, lane smallint, delivered boolean) returns void
 language plpgsql
 as $$
@@ -13,8 +14,10 @@ as $$
 declare
   v_lane pgqueue.lanes;
   v_settled bigint;
+  v_settled_receipts bigint;
   v_first_id bigint;
   v_leased_id bigint;
+  v_first_receipt bigint;
   v_low bigint;
 begin
   select l.* into v_lane from pgqueue.lanes l
@@ -24,20 +27,22 @@ begin
     return;
   end if;
   v_settled := pgqueue.settled();
+  v_settled_receipts := pgqueue.settled_receipts();
   -- in one statement: a requeue moves a message from the one to the other
   select
     (select d.message_id from pgqueue.deliveries d
      where d.subscription_id = tend.subscription_id and d.lane = tend.lane
        and d.message_id > v_lane.low
      order by d.message_id limit 1),
-    (select e.first_id from pgqueue.leases e
-     where e.subscription_id = tend.subscription_id and e.lane = tend.lane and e.lane > 0
-       and e.key_hash is null and e.first_id > v_lane.low
-     order by e.first_id limit 1)
-  into v_first_id, v_leased_id;
+    min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hash is null),
+    min(e.receipt)
+  into v_first_id, v_leased_id, v_first_receipt
+  from pgqueue.leases e
+  where e.subscription_id = tend.subscription_id and e.receipt > v_lane.receipt_low;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
     low = v_low,
+    receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
     -- in vain: something old is in the way, which will not go within milliseconds
     tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
@@ -99,9 +104,16 @@ begin
       ) d
     )
   ) or exists (
-    select from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id),
-      unnest(e.message_ids) i
-    where ((i >> 16) & 3) = leaf
+    select from (
+      select l.subscription_id, max(l.receipt_low) as receipt_low
+      from pgqueue.lanes l join pgqueue.subscriptions s using (subscription_id)
+      group by l.subscription_id
+    ) s cross join lateral (
+      select from pgqueue.leases e, unnest(e.message_ids) i
+      where e.subscription_id = s.subscription_id and e.receipt > s.receipt_low
+        and ((i >> 16) & 3) = leaf
+      limit 1
+    ) e
   ) or exists (
     select from pgqueue.retries r join pgqueue.subscriptions s using (subscription_id)
     where ((r.message_id >> 16) & 3) = leaf

@@ -202,3 +202,26 @@ def test_of_consumers_that_reclaim_at_once_one_gets_the_message(
         taken = [message for messages in results for message in messages]
         assert [(message.payload, message.deliveries) for message in taken] == [(1, attempt)]
         assert one(connections[0], "select count(*) from pgqueue.leases") == 1
+
+
+@pytest.mark.parametrize("with_floors", [True, False])
+def test_a_lease_that_commits_late_is_taken_back_like_any_other(
+    database: Database, with_floors: bool
+) -> None:
+    """Later leases, and the look for those that ended, must not pass it by."""
+    connection, slow = database.connect(autocommit=True), database.connect()
+    if not with_floors:
+        connection.execute(
+            "create or replace function pgqueue.lock_receipt_floor(floor bigint)"
+            " returns boolean language sql volatile return true"
+        )
+    subscribe(connection, "s")
+    publish(connection, 2)
+    receive(slow, "s")
+    (other,) = receive(connection, "s")
+    connection.execute("select pgqueue.ack(%s)", [other.receipt])
+    connection.execute("select pgqueue.maintain()")
+    slow.commit()
+    connection.execute("select pgqueue.maintain()")
+    expire_leases(connection)
+    assert payloads(receive(connection, "s")) == ([1] if with_floors else [])

@@ -38,6 +38,7 @@ class Plans:
             "auto_explain.log_nested_statements": "on",
             "auto_explain.log_analyze": "on",
             "auto_explain.log_timing": "off",
+            "auto_explain.log_buffers": "on",
             "auto_explain.log_format": "json",
             "auto_explain.log_level": "notice",
             "client_min_messages": "notice",
@@ -126,7 +127,7 @@ def publish_some(connection: Connection) -> None:
 
 
 def grow(connection: Connection) -> None:
-    """Many deliveries, due retries, and leases; and leases of another ordered lane."""
+    """Many deliveries and due retries, and leases of another subscription."""
     publish(connection, GROWTH)
     ids = publish(connection, 10_000, topic="unread")
     connection.execute(
@@ -138,10 +139,7 @@ def grow(connection: Connection) -> None:
     connection.execute(
         "insert into pgqueue.leases"
         " (subscription_id, lane, first_id, message_ids, attempts, deadline)"
-        " select s.subscription_id, s.lane, i, array[i], array[1], now() + '2 days'"
-        " from unnest(%s::bigint[]) i, ("
-        "   select subscription_id, 0 from pgqueue.subscriptions union all select 999, 1"
-        ") s (subscription_id, lane)",
+        " select 999, 1, i, array[i], array[1], now() + '2 days' from unnest(%s::bigint[]) i",
         [ids],
     )
 
@@ -192,3 +190,43 @@ def test_fan_out_reads_only_the_subscriptions_of_the_topic(plans: Plans) -> None
         publish_some(connection)
         assert faults(plans.of(publish_some)) == set()
         connection.execute("analyze")
+
+
+def test_leases_that_are_dead_rows_are_not_read(plans: Plans, database: Database) -> None:
+    """An old snapshot keeps VACUUM, and index scans, from removing them."""
+    connection = plans.connection
+    subscribe(connection, "by key", ordering="key")
+    with database.connect() as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        connection.execute(
+            "insert into pgqueue.leases"
+            " (subscription_id, lane, first_id, message_ids, attempts, deadline)"
+            " select subscription_id, lane, 1, array[i], array[1], now()"
+            " from pgqueue.lanes, generate_series(1, 2000) i"
+        )
+        connection.execute("delete from pgqueue.leases")
+        connection.execute("select pgqueue.maintain()")
+        assert blocks_of_leases(plans) < 50
+        connection.execute("update pgqueue.lanes set receipt_low = 0")
+        assert blocks_of_leases(plans) > 200
+
+
+def blocks_of_leases(plans: Plans) -> int:
+    """The most blocks that a consumer's statement reads for the leases of a subscription."""
+
+    def consume_all(connection: Connection) -> None:
+        for name in column(connection, OURS + "select subscription from pgqueue.subscriptions"):
+            (message, *_) = receive(connection, name, 10)
+            connection.execute("select pgqueue.ack(%s)", [message.receipt])
+            connection.execute("select pgqueue.await(%s)", [name])
+
+    connection = plans.connection
+    connection.execute("select pgqueue.publish('t', '1', key => 'k')")
+    blocks = max(
+        node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+        for plan in plans.of(consume_all)
+        for node in nodes(plan["Plan"])
+        if node.get("Relation Name") == "leases" and node["Node Type"] != "ModifyTable"
+    )
+    return int(blocks)
