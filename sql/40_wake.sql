@@ -24,6 +24,18 @@ return not (
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
 );
 
+-- One consumer of a subscription may be the one that looks again within
+-- milliseconds: it holds this lock exclusively, and as long as it does nobody
+-- need be notified. It gives the lock up before it waits, or takes longer, and
+-- looks then, like one that goes to sleep, who is in flight. (Publishers take it
+-- shared, so that none of them is taken for the consumer.)
+create function pgqueue.someone_looks(subscription_id int) returns boolean
+language sql volatile
+return not (
+  pg_try_advisory_lock_shared(pgqueue.looking_locks(), subscription_id)
+  and pg_advisory_unlock_shared(pgqueue.looking_locks(), subscription_id)
+);
+
 -- A consumer may have a seat, numbered from 0, with a channel of its own: then a
 -- message wakes one consumer, not all. It holds its seat's waiting lock
 -- exclusively while it waits; who looks takes it shared, not to be taken for a
@@ -34,19 +46,21 @@ create function pgqueue.seat_key(subscription_id int, seat int) returns int
 language sql immutable parallel safe
 return ((subscription_id & 67108863) - 33554432) * 32 + seat;
 
--- Wakes a consumer that waits in a seat, any of them, for one may be stuck; if
--- none does, all that LISTEN to the subscription's channel. Not with
--- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
--- that a stuck listener let run full, where it would fail the publisher: the
--- consumers' polling finds the message then.
+-- Wakes a consumer that waits in a seat: for a second the same one first, whose
+-- process is warm, and then another, for one may be stuck. If none does, all that
+-- LISTEN to the subscription's channel. Not with pgqueue.notify off (PREPARE
+-- TRANSACTION forbids NOTIFY), and not into a queue that a stuck listener let run
+-- full, where it would fail the publisher: the consumers' polling finds the
+-- message then.
 create function pgqueue.notify(subscription_id int) returns boolean
 language plpgsql
 as $$
 declare
   v_channel text := pgqueue.channel_of(subscription_id);
-  v_seat int := floor(random() * pgqueue.seats());
-  -- odd, to come by every seat; at random, for seats that are taken lie side by side
-  v_step int := 1 + 2 * floor(random() * pgqueue.seats() / 2);
+  v_random int := hashint8(extract(epoch from clock_timestamp())::bigint);
+  v_seat int := v_random & pgqueue.seats() - 1;
+  -- odd, to come by every seat; not always 1, for seats that are taken lie side by side
+  v_step int := v_random >> 8 & pgqueue.seats() - 1 | 1;
   v_key int;
 begin
   if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')
@@ -69,11 +83,13 @@ begin
   return true;
 end $$;
 
--- Notifies the consumers of the subscription if one waits. True in any case, to
--- stand in a WHERE: as a part of the fan-out it costs a fraction of a query.
+-- Notifies a consumer of the subscription if one waits and none looks. True in
+-- any case, to stand in a WHERE: as a part of the fan-out it costs a fraction of
+-- a query.
 create function pgqueue.wake(subscription_id int) returns boolean
 language sql volatile
-return not pgqueue.someone_waits(subscription_id) or pgqueue.notify(subscription_id);
+return not pgqueue.someone_waits(subscription_id) or pgqueue.someone_looks(subscription_id)
+  or pgqueue.notify(subscription_id);
 
 -- By a consumer that was woken in its seat and took messages: wakes the next one
 -- if there is more, or may be. Who is in flight now may have found it waiting,

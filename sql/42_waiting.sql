@@ -3,7 +3,8 @@
 -- What a session knows of its waiting, in a setting of its own per subscription:
 -- since which id, since when (epoch), the awakening that it counts from, the seat
 -- or -, and "clear" and since when nobody is in flight who may have looked
--- before. Or "no", "-" and the awakening since which it does not wait. The
+-- before. Or "no", and the awakening since which it does not wait; in between
+-- "L" if it has the lock of who looks, or "-". The
 -- setting goes with a rollback, the locks stay: so it holds only as long as the
 -- session's awakening, which no rollback takes back, is the same.
 create function pgqueue.waiting_setting(subscription_id int) returns text
@@ -61,6 +62,8 @@ begin
   from (
     select pgqueue.waiting_locks() as classid, waiting_locks_held.subscription_id as key, true as is_shared
     union all
+    select pgqueue.looking_locks(), waiting_locks_held.subscription_id, false
+    union all
     select pgqueue.waiting_seat_locks(), pgqueue.seat_key(waiting_locks_held.subscription_id, seat), false
     from generate_series(0, pgqueue.seats() - 1) seat
   ) w
@@ -78,8 +81,12 @@ declare
   v_seat text := split_part(v_registered, ' ', 4);
 begin
   if pgqueue.is_current(v_registered) then
-    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
-    if v_seat <> '-' then
+    if v_registered like 'no L %' then
+      perform pg_advisory_unlock(pgqueue.looking_locks(), subscription_id);
+    elsif v_registered not like 'no %' then
+      perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    end if;
+    if v_seat not in ('', '-') then
       perform pg_advisory_unlock(
         pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
       );
@@ -90,6 +97,23 @@ begin
     from pgqueue.waiting_locks_held(subscription_id) h;
   end if;
   perform set_config(v_setting, 'no - ' || nextval('pgqueue.awakenings'), false);
+end $$;
+
+-- Makes the session, which does not wait, the one that looks. False if there is one.
+create function pgqueue.start_looking(subscription_id int) returns boolean
+language plpgsql
+as $$
+declare
+  v_setting text := pgqueue.waiting_setting(subscription_id);
+begin
+  if current_setting(v_setting, true) like 'no L %' then
+    return true;
+  end if;
+  if not pg_try_advisory_lock(pgqueue.looking_locks(), subscription_id) then
+    return false;
+  end if;
+  perform set_config(v_setting, 'no L ' || nextval('pgqueue.awakenings'), false);
+  return true;
 end $$;
 
 -- Registers the session as waiting. NULL if somebody holds the lock for another
@@ -126,17 +150,17 @@ create function pgqueue.start_waiting_anew(subscription_id int, registered text)
 language plpgsql
 as $$
 begin
-  if registered like 'no %' and pgqueue.is_current(registered) then
+  if registered like 'no - %' and pgqueue.is_current(registered) then
     return pgqueue.start_waiting(subscription_id);
   end if;
-  if exists (
+  if registered not like 'no %' and pgqueue.is_current(registered) and exists (
     select from pgqueue.waiting_locks_held(subscription_id) h where h.is_shared
   ) then
-    if pgqueue.is_current(registered) then
-      return array_to_string((string_to_array(registered, ' '))[:4], ' ');
-    end if;
-    perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
-    perform pgqueue.stop_waiting(subscription_id);
+    return array_to_string((string_to_array(registered, ' '))[:4], ' ');
   end if;
+  if registered not like 'no %' then
+    perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
+  end if;
+  perform pgqueue.stop_waiting(subscription_id);
   return pgqueue.start_waiting(subscription_id);
 end $$;

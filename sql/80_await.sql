@@ -249,4 +249,4 @@ begin
 end $$;
 
 comment on function pgqueue.stop_awaiting(text) is
-  'Ends what await began, without receive: for a consumer that stops. What it may have been notified of another one is.';
+  'Ends what await began, without receive, for a consumer that stops; and the promise of receive''s looks_again, for one that takes longer than it thought. What it may have been notified of another one is.';
