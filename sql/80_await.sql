@@ -129,6 +129,7 @@ declare
   v_looks_again boolean;
   v_waited interval;
   v_in_flight boolean;
+  v_looked_after boolean;
   v_settled bigint;
   v_claim pgqueue.claim;
   v_next record;
@@ -156,11 +157,18 @@ begin
 
   -- whoever drew a number or looked for waiters before had his id before: see settled()
   v_quiet := pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot()) and seen <> '';
-  v_in_flight := v_clear_since is null and not v_quiet and pgqueue.others_in_flight(
-    v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
-  );
+  -- who looks, or will hand over, sees those in flight and what they bring
+  v_looked_after := pgqueue.someone_looks(v_subscription.subscription_id);
+  v_in_flight := v_clear_since is null and not v_quiet and not v_looked_after
+    and pgqueue.others_in_flight(
+      v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
+    );
   v_event := pgqueue.next_event(v_subscription.subscription_id);
-  if not v_in_flight then
+  if v_looked_after then
+    if v_event is null then
+      return least(poll, greatest(interval '20 ms', v_waited / 2));
+    end if;
+  elsif not v_in_flight then
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(

@@ -19,6 +19,7 @@ declare
   v_leased_id bigint;
   v_first_receipt bigint;
   v_low bigint;
+  v_new_run boolean;
 begin
   select l.* into v_lane from pgqueue.lanes l
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane
@@ -50,10 +51,13 @@ begin
   perform pgqueue.reclaim(subscription_id, 100);
   perform pgqueue.release_idle_keys(subscription_id, lane);
 
-  if v_low >> 16 > v_lane.low >> 16
+  v_new_run := v_low >> 16 > v_lane.low >> 16;
+  if (v_new_run or v_first_id is null)
     and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
   then
-    perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
+    if v_new_run then
+      perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
+    end if;
     perform pgqueue.recycle_deliveries();
   end if;
 end $$;
@@ -152,29 +156,24 @@ begin
   return v_bytes - pg_total_relation_size(v_table::regclass);
 end $$;
 
--- Truncates the deliveries if there are none, and returns how many bytes that
--- freed. VACUUM gives no page of an index back: without this a backlog of once
+-- Truncates the deliveries if there are none. VACUUM gives no page of an index back: without this a backlog of once
 -- would stay on disk. As for a leaf, whoever has written holds off our lock.
-create function pgqueue.recycle_deliveries() returns bigint
+create function pgqueue.recycle_deliveries() returns void
 language plpgsql
 set lock_timeout = '25ms'
 as $$
-declare
-  v_bytes bigint := pg_total_relation_size('pgqueue.deliveries');
 begin
-  if v_bytes < 33554432 or pgqueue.anything_waits() then
-    return 0;
+  if pg_total_relation_size('pgqueue.deliveries') < 33554432 or pgqueue.anything_waits() then
+    return;
   end if;
   begin
     lock table pgqueue.deliveries in access exclusive mode;
   exception when lock_not_available or deadlock_detected then
-    return 0;
+    return;
   end;
-  if pgqueue.anything_waits() then
-    return 0;
+  if not pgqueue.anything_waits() then
+    truncate pgqueue.deliveries;
   end if;
-  truncate pgqueue.deliveries;
-  return v_bytes - pg_total_relation_size('pgqueue.deliveries');
 end $$;
 
 -- Nothing waits below low. In statements of their own, to see the newest commits.
@@ -203,6 +202,7 @@ as $$
 #variable_conflict use_column
 declare
   v_lane record;
+  v_bytes bigint := pg_total_relation_size('pgqueue.deliveries');
 begin
   perform pgqueue.require_read_committed('maintain');
   if not pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0) then
@@ -278,7 +278,9 @@ begin
   end loop;
   task := 'bytes freed of deliveries';
   subject := 'pgqueue.deliveries';
-  amount := pgqueue.recycle_deliveries();
+  perform pgqueue.recycle_deliveries();
+  -- tend() may have done it before
+  amount := v_bytes - pg_total_relation_size('pgqueue.deliveries');
   if amount > 0 then
     return next;
   end if;

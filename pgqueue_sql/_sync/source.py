@@ -18,10 +18,9 @@ from .session import Connect, Session
 
 ASYNC_COMMIT = "(select set_config('synchronous_commit', 'off', true)) as setting, "
 
-# Who handled the last messages within QUICK_SECONDS is taken to do so again: publishers need not
-# notify others meanwhile. Unless it takes longer than PATIENCE_SECONDS.
-QUICK_SECONDS = 0.005
-PATIENCE_SECONDS = 0.01
+# Who handled the last messages within so long is taken to do so again: publishers need not notify
+# others meanwhile, or until it has taken longer.
+QUICK_SECONDS = 0.01
 
 # No system call for waiting takes any number of seconds.
 LONGEST_SLEEP_SECONDS = 3600.0
@@ -86,7 +85,7 @@ class SQLSource:
         self._looks_again = False
         # when the messages that are being handled came
         self._fetched: float | None = None
-        self._timer = Timer(PATIENCE_SECONDS, self._give_up_looking_if_slow)
+        self._timer = Timer(QUICK_SECONDS, self._give_up_looking_if_slow)
 
     def subscribe(self) -> None:
         """Do nothing: `Queue.subscribe` creates it, and to fetch from an unknown one fails."""
@@ -166,7 +165,7 @@ class SQLSource:
         fetched = self._fetched
         if fetched is None or not self._looks_again:
             return
-        if time.monotonic() - fetched < PATIENCE_SECONDS / 2:
+        if time.monotonic() - fetched < QUICK_SECONDS / 2:
             self._timer.start()  # these came after it was started
         else:
             self._looks_again = False

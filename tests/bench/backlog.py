@@ -20,7 +20,9 @@ from .servers import Database, Lab
 
 FEW = 1000
 COPIED_AT_ONCE = 100_000
-PASSED_THROUGH = 20_000
+# More than the ring has room for, so that every leaf is filled, and truncated, at least once.
+PASSED_THROUGH = 300_000
+PASSED_AT_ONCE = 20_000
 FETCHES = 50
 FETCHED = 10
 PUBLISHERS = 4
@@ -39,8 +41,8 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
     with lab.database("pgqueue") as small, lab.database("pgqueue") as big:
         for database in (small, big):
             database.execute("select pgqueue.subscribe('s', 't')")
-            _pass_through(lab, database)
-        before = _sizes(big)
+            _pass_through(lab, database, scale)
+        before = _pass_through(lab, big, scale)
         _copy(lab, small, FEW)
         start = time.monotonic()
         _copy(lab, big, scale.backlog)
@@ -52,8 +54,9 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         _report_sizes(report, "drained", before, _sizes(big))
         big.execute("select count(*) from pgqueue.maintain()")
         big.execute("vacuum")
-        after = _sizes(big)
-        _report_sizes(report, "drained, and VACUUM", before, after)
+        _pass_through(lab, big, scale)
+        after = _pass_through(lab, big, scale)
+        _report_sizes(report, "drained, and going on", before, after)
     ratio = sum(after.values()) / sum(before.values())
     report.target(7, f"size after draining {scale.backlog:,} / before", ratio, at_most=1.1)
 
@@ -102,10 +105,14 @@ def _publish(database: Database, scale: Scale) -> Sample:
     return load.per_message(result)
 
 
-def _pass_through(lab: Lab, database: Database) -> None:
-    """Publish and ack so much that every table has been in use."""
-    _copy(lab, database, PASSED_THROUGH)
-    _receive_all(database, PASSED_THROUGH)
+def _pass_through(lab: Lab, database: Database, scale: Scale) -> dict[str, int]:
+    """Publish and ack steadily, once round the ring; the sizes when they were largest."""
+    largest: dict[str, int] = {}
+    for _ in range(min(PASSED_THROUGH, scale.backlog) // PASSED_AT_ONCE):
+        _copy(lab, database, PASSED_AT_ONCE)
+        _receive_all(database, PASSED_AT_ONCE)
+        largest = max(largest, _sizes(database), key=lambda sizes: sum(sizes.values()))
+    return largest
 
 
 def _copy(lab: Lab, database: Database, messages: int) -> None:
@@ -142,13 +149,15 @@ def _drain(report: Report, database: Database) -> None:
     waiting = database.execute("select count(*) from pgqueue.deliveries")
     progress(f"draining {waiting:,} messages")
     start = time.monotonic()
-    with _publishing(database) as published, _watching(database) as truncations:
+    with _publishing(database) as published, _watching(database) as (truncations, lock_waits):
         received = _receive_all(database, waiting).latencies
     seconds = time.monotonic() - start
     progress("")
     _receive_rest(database)
     report.figure(f"drained {waiting:,} messages at {waiting / seconds:,.0f} msg/s")
     report.figure(f"leaves were truncated {len(truncations)} times meanwhile")
+    longest = max(lock_waits, default=0.0)
+    report.figure(f"longest wait for a table's lock, of all that were seen: {longest:.1f} ms")
     if not truncations:
         return
     for who, latencies in (("publisher", published), ("consumer", received)):
@@ -187,17 +196,29 @@ def _publishing(database: Database) -> Iterator[Latencies]:
 
 
 @contextmanager
-def _watching(database: Database) -> Iterator[list[float]]:
-    """Watch the leaves in the background: when one was seen to be shorter (Unix time)."""
-    query = "select array_agg(pg_relation_size(relid) order by relid::oid) from pg_partition_tree"
+def _watching(database: Database) -> Iterator[tuple[list[float], list[float]]]:
+    """Watch the leaves in the background.
+
+    When one was seen to be shorter (Unix time), and how long somebody had waited for a table's lock
+    (milliseconds).
+    """
+    query = (
+        "select array_agg(pg_relation_size(relid) order by relid::oid), ("
+        " select extract(epoch from max(clock_timestamp() - waitstart)) * 1000"
+        " from pg_locks where locktype = 'relation' and not granted"
+        ") from pg_partition_tree('pgqueue.messages') where isleaf"
+    )
     truncations: list[float] = []
+    lock_waits: list[float] = []
     ended = threading.Event()
 
     def watch() -> None:
         sizes: list[int] = []
         with database.connect() as connection:
-            while not ended.wait(0.1):
-                ((now,),) = connection.execute(f"{query}('pgqueue.messages') where isleaf")
+            while not ended.wait(0.005):
+                ((now, waited),) = connection.execute(query, prepare=True)
+                if waited is not None:
+                    lock_waits.append(float(waited))
                 if any(new < old for new, old in zip(now, sizes, strict=False)):
                     truncations.append(time.time())
                 sizes = now
@@ -205,7 +226,7 @@ def _watching(database: Database) -> Iterator[list[float]]:
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield truncations
+        yield truncations, lock_waits
     finally:
         ended.set()
         thread.join()

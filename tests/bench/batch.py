@@ -24,7 +24,24 @@ INSERT = (
     " select 't', p from unnest((select payloads from batch)) p returning message_id)"
     " select count(*) from inserted"
 )
+# What the same takes without a queue: a row in each of two tables.
+INSERT_BOTH = (
+    "with inserted as (insert into messages (topic, payload)"
+    " select 't', p from unnest((select payloads from batch)) p returning message_id),"
+    " waits as (insert into waiting (subscription_id, message_id)"
+    " select 1, message_id from inserted)"
+    " select count(*) from inserted"
+)
+COPY_BARE = "copy messages (topic, payload) from '{file}'"
 COPY = "copy pgqueue.messages (topic, payload) from '{file}'"
+
+# The deliveries of a batch to so many subscriptions, in a plain table.
+WAIT = (
+    "with ids as materialized ("
+    f"select nextval('messages_ids') as id from generate_series(1, {BATCH}))"
+    " insert into waiting (subscription_id, message_id)"
+    " select s, id from generate_series(1, {number}) s, ids"
+)
 
 CASES = ((1, SMALL, "150 B"), (4, SMALL, "150 B"), (1, LARGE, "4 kB"))
 
@@ -44,6 +61,8 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             contest.ratio("pgqueue, COPY", "pgmq"),
             at_least=1.5,
         )
+        for floor in ("INSERT in two tables", "bare COPY"):
+            report.figure(f"limit: {floor} / pgmq.send_batch: {contest.ratio(floor, 'pgmq'):.2f}")
     _fan_out(lab, report, scale)
 
 
@@ -71,6 +90,8 @@ def _publishers(lab: Lab, clients: int, payload: str, scale: Scale) -> Iterator[
 
         yield {
             "INSERT": turn(bare, INSERT),
+            "INSERT in two tables": turn(bare, INSERT_BOTH),
+            "bare COPY": turn(bare, COPY_BARE.format(file=file)),
             "pgmq": turn(pgmq, SEND),
             "pgqueue": turn(pgqueue, PUBLISH),
             "pgqueue, COPY": turn(pgqueue, COPY.format(file=file)),
@@ -89,6 +110,7 @@ def _fan_out(lab: Lab, report: Report, scale: Scale) -> None:
     title = f"publish_batch of {BATCH} x 150 B, by number of subscriptions"
     counts = {"1": 1, "10": 10, "100": 100}
     with ExitStack() as stack:
+        bare = stack.enter_context(lab.database("bare"))
         databases = {name: stack.enter_context(lab.database("pgqueue")) for name in counts}
         for name, database in databases.items():
             _put_batch(database, SMALL)
@@ -97,14 +119,22 @@ def _fan_out(lab: Lab, report: Report, scale: Scale) -> None:
                 counts[name],
             )
         turns: dict[str, Turn] = {
-            name: lambda database=database: _time_publish(database, scale)  # type: ignore[misc]
+            name: lambda database=database: _time(database, PUBLISH, scale)  # type: ignore[misc]
             for name, database in databases.items()
+        }
+        turns |= {
+            f"bare INSERT of {number}": lambda number=number: _time(  # type: ignore[misc]
+                bare, WAIT.format(number=number), scale
+            )
+            for number in (1, 10)
         }
         contest = report.contest(hold(title, "µs/msg", turns, scale.rounds))
     base = contest.median("1")
     for name in ("10", "100"):
         extra = (contest.median(name) - base) / (counts[name] - 1)
         report.figure(f"{name} subscriptions: {extra:.2f} µs per extra delivery")
+    extra = (contest.median("bare INSERT of 10") - contest.median("bare INSERT of 1")) / 9
+    report.figure(f"limit: {extra:.2f} µs per extra row of an equal bare table")
     report.target(
         2,
         "ten subscriptions, server µs per extra delivery",
@@ -113,7 +143,7 @@ def _fan_out(lab: Lab, report: Report, scale: Scale) -> None:
     )
 
 
-def _time_publish(database: Database, scale: Scale) -> Sample:
+def _time(database: Database, query: str, scale: Scale) -> Sample:
     """The statement's time, without its commit."""
     seconds: list[float] = []
     with database.connect() as connection:
@@ -121,6 +151,6 @@ def _time_publish(database: Database, scale: Scale) -> Sample:
         while time.monotonic() < deadline or len(seconds) < 3:
             with connection.transaction():
                 start = time.perf_counter()
-                connection.execute(PUBLISH, prepare=True)
+                connection.execute(query.encode(), prepare=True)
                 seconds.append(time.perf_counter() - start)
     return {"µs/msg": sorted(seconds)[len(seconds) // 2] / BATCH * 1e6}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from statistics import quantiles
 
 from . import consumers, load
@@ -23,6 +23,13 @@ SETTLE_SECONDS = 1.0
 
 PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
 ANNOUNCE = "insert into announced (topic, payload) values ('t', to_jsonb(%s::int))"
+
+WARM_UP = (
+    "select count(*) from pgqueue.publish_batch('t', array_fill('-1'::jsonb, array[{messages}]))"
+)
+WARMING = 10
+
+Handling = Callable[[Database, int], AbstractContextManager[consumers.Records]]
 
 # What keeps the queue busy: another topic of the same database, 1,000 msg/s.
 OTHER_RATE = 50
@@ -49,9 +56,13 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             queue = stack.enter_context(lab.database("pgqueue"))
             queue.execute("select pgqueue.subscribe('s', 't')")
             queue.execute("select pgqueue.subscribe('other', 'other')")
-            turns: dict[str, Turn] = {"raw hop": _turn(bare, queue, rate, 1, busy, scale)}
+            turns: dict[str, Turn] = {
+                "raw hop": _turn(bare, consumers.hopping, queue, rate, 1, busy, scale)
+            }
             turns |= {
-                f"pgqueue, {number} waiting": _turn(queue, queue, rate, number, busy, scale)
+                f"pgqueue, {number} waiting": _turn(
+                    queue, consumers.handling, queue, rate, number, busy, scale
+                )
                 for number in CONSUMERS
             }
             title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
@@ -73,18 +84,26 @@ def _rounds(scale: Scale) -> int:
 
 
 def _turn(
-    database: Database, queue: Database, rate: int, number: int, busy: bool, scale: Scale
+    database: Database,
+    handle: Handling,
+    queue: Database,
+    rate: int,
+    number: int,
+    busy: bool,
+    scale: Scale,
 ) -> Turn:
     def measure() -> Sample:
         load.settle(queue)
-        handling = (
-            consumers.handling(database, number)
-            if database is queue
-            else consumers.hopping(database, number)
-        )
         publish = PUBLISH if database is queue else ANNOUNCE
-        with _others(queue, scale) if busy else nullcontext(), handling as handled:
+        with (
+            _others(queue, scale) if busy else nullcontext(),
+            handle(database, number) as handled,
+        ):
             time.sleep(SETTLE_SECONDS)
+            if database is queue:
+                # a session's first message takes it longer, for plans and caches
+                database.execute(WARM_UP.format(messages=WARMING * number))
+                time.sleep(SETTLE_SECONDS)
             committed = _publish(database, publish, rate, scale.turn_seconds)
             time.sleep(SETTLE_SECONDS)
         # a raw listener reads some of the messages again
@@ -129,7 +148,7 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
 
 @contextmanager
 def _others(database: Database, scale: Scale) -> Iterator[None]:
-    seconds = scale.turn_seconds + 2 * SETTLE_SECONDS + 2
+    seconds = scale.turn_seconds + 3 * SETTLE_SECONDS + 2
     runs = [
         load.Run(database, script, seconds=seconds, rate=OTHER_RATE, variables={"receipt": 0})
         for script in (OTHER_PUBLISH, OTHER_RECEIVE)

@@ -44,6 +44,20 @@ with taken as (
 select string_agg(payload::text, '') as payloads from taken \\gset
 """
 
+# The least that a lease takes, which outlives the transaction that took it.
+TAKE_DELETE = """
+with taken as (
+  delete from messages where ctid = any (array(
+    select ctid from messages order by message_id limit {batch} for update skip locked
+  )) returning message_id, payload
+), leased as (
+  insert into leases (message_ids) select array_agg(message_id) from taken returning receipt
+)
+select (select receipt from leased) as receipt, string_agg(payload::text, '') as payloads
+from taken \\gset
+delete from leases where receipt = :receipt
+"""
+
 FILL = {
     "pgqueue": "select count(*) from pgqueue.publish_batch('t', array_fill(%s::jsonb, array[%s]))",
     "pgmq": "select count(*) from pgmq.send_batch('q', array_fill(%s::jsonb, array[%s]))",
@@ -51,7 +65,7 @@ FILL = {
     " select 't', %s::jsonb from generate_series(1, %s)",
 }
 FILL_BATCH = 2000
-COMMITS = "commits a batch: 2 of pgqueue and of pgmq read, delete; 1 of the others"
+COMMITS = "commits a batch: 2 of pgqueue, DELETE, lease and pgmq read, delete; 1 of the others"
 
 CASES = (
     (1, 100, SMALL, "150 B"),
@@ -76,10 +90,16 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         if batch == 1:
             ratio = contest.ratio("pgqueue, acking the last", "pgmq")
             report.target(3, f"{title}, / pgmq read, delete", ratio, at_least=1.8)
+            ratio = contest.ratio("DELETE", "pgmq")
+            report.figure(f"limit with one commit: DELETE / pgmq: {ratio:.2f}")
             continue
         ratio = contest.ratio("pgqueue", "pgmq")
         bound = 3 if batch == 100 else 2.5
         report.target(3, f"{title}, / pgmq read, delete", ratio, at_least=bound)
+        ratio = contest.ratio("DELETE, lease", "pgmq")
+        report.figure(f"limit with two commits: DELETE, lease / pgmq: {ratio:.2f}")
+        ratio = contest.ratio("pgqueue, acking the last", "pgmq")
+        report.figure(f"one commit: pgqueue, acking the last / pgmq: {ratio:.2f}")
         if batch == 100:
             ratio = contest.ratio("pgqueue, acking the last", "DELETE")
             report.target(3, f"{title}, one commit, / bare DELETE", ratio, at_least=0.5)
@@ -116,6 +136,7 @@ def _receivers(
             database.execute("select pgmq.create('q')")
         yield {
             "DELETE": turn(bare, "bare", DELETE),
+            "DELETE, lease": turn(bare, "bare", TAKE_DELETE),
             "pgqueue": turn(pgqueue, "pgqueue", RECEIVE),
             "pgqueue, acking the last": turn(acking, "pgqueue", RECEIVE_ACKING),
             "pgmq": turn(pgmq, "pgmq", READ_DELETE_ONE if batch == 1 else READ_DELETE),

@@ -31,5 +31,5 @@ class Scale:
         return self.cases // 2
 
 
-FULL = Scale(5, 4, 10, 20_000, 600, 5_000_000, 20)
+FULL = Scale(5, 4, 10, 100_000, 600, 5_000_000, 20)
 QUICK = Scale(1, 1, 2, 4_000, 5, 50_000, 2)

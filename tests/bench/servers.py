@@ -37,7 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = Path("/var/tmp")
 
 # The floor: what a publish of pgqueue has to write at the least, in one plain table, and the same
-# with a NOTIFY for every publish.
+# with a NOTIFY for every publish; a row per subscription and message that waits; a row per batch
+# that is taken.
 BARE = """
 create function announce() returns trigger language plpgsql as $$
 begin
@@ -57,6 +58,21 @@ create table messages (
 );
 create unique index on messages (message_id);
 create table announced (like messages including all);
+create table waiting (
+  subscription_id int,
+  lane smallint not null default 0,
+  attempts smallint not null default 0,
+  message_id bigint,
+  not_before timestamptz,
+  expires_at timestamptz,
+  alone boolean,
+  primary key (subscription_id, lane, message_id)
+);
+create table leases (
+  receipt bigint primary key generated always as identity,
+  message_ids bigint[],
+  deadline timestamptz not null default clock_timestamp() + interval '30 s'
+);
 create trigger announce after insert on announced
 for each statement execute function announce();
 """
