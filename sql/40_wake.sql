@@ -24,18 +24,6 @@ return not (
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
 );
 
--- One consumer of a subscription may be the one that looks again within
--- milliseconds: it holds this lock exclusively, and as long as it does nobody
--- need be notified. It gives the lock up before it waits, or takes longer, and
--- looks then, like one that goes to sleep, who is in flight. (Publishers take it
--- shared, so that none of them is taken for the consumer.)
-create function pgqueue.someone_looks(subscription_id int) returns boolean
-language sql volatile
-return not (
-  pg_try_advisory_lock_shared(pgqueue.looking_locks(), subscription_id)
-  and pg_advisory_unlock_shared(pgqueue.looking_locks(), subscription_id)
-);
-
 -- A consumer may have a seat, numbered from 0, with a channel of its own: then a
 -- message wakes one consumer, not all. It holds its seat's waiting lock
 -- exclusively while it waits; who looks takes it shared, not to be taken for a
@@ -83,23 +71,22 @@ begin
   return true;
 end $$;
 
--- Notifies a consumer of the subscription if one waits and none looks. True in
--- any case, to stand in a WHERE: as a part of the fan-out it costs a fraction of
--- a query.
+-- Notifies the consumers of the subscription if one waits. True in any case, to
+-- stand in a WHERE: as a part of the fan-out it costs a fraction of a query.
 create function pgqueue.wake(subscription_id int) returns boolean
 language sql volatile
-return not pgqueue.someone_waits(subscription_id) or pgqueue.someone_looks(subscription_id)
-  or pgqueue.notify(subscription_id);
+return not pgqueue.someone_waits(subscription_id) or pgqueue.notify(subscription_id);
 
 -- By a consumer that was woken in its seat and took messages: wakes the next one
 -- if there is more, or may be. Who is in flight now may have found it waiting,
--- and woken it for a message that nobody sees yet. (The transaction's id is
--- assigned by now: see settled().)
-create function pgqueue.wake_next(subscription_id int) returns void
+-- and woken it for a message that nobody sees yet. The transaction's id tells (see
+-- settled()) if it was assigned after the consumer stopped waiting, that is, if
+-- there was none before.
+create function pgqueue.wake_next(subscription_id int, had_id boolean) returns void
 language plpgsql
 as $$
 begin
-  if pg_current_xact_id() > pg_snapshot_xmin(pg_current_snapshot()) or exists (
+  if had_id or pg_current_xact_id() > pg_snapshot_xmin(pg_current_snapshot()) or exists (
     select from pgqueue.lanes l cross join lateral (
       select from pgqueue.deliveries d
       where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low

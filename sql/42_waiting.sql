@@ -3,8 +3,7 @@
 -- What a session knows of its waiting, in a setting of its own per subscription:
 -- since which id, since when (epoch), the awakening that it counts from, the seat
 -- or -, and "clear" and since when nobody is in flight who may have looked
--- before. Or "no", and the awakening since which it does not wait; in between
--- "L" if it has the lock of who looks, or "-". The
+-- before. Or "no", "-" and the awakening since which it does not wait. The
 -- setting goes with a rollback, the locks stay: so it holds only as long as the
 -- session's awakening, which no rollback takes back, is the same.
 create function pgqueue.waiting_setting(subscription_id int) returns text
@@ -62,8 +61,6 @@ begin
   from (
     select pgqueue.waiting_locks() as classid, waiting_locks_held.subscription_id as key, true as is_shared
     union all
-    select pgqueue.looking_locks(), waiting_locks_held.subscription_id, false
-    union all
     select pgqueue.waiting_seat_locks(), pgqueue.seat_key(waiting_locks_held.subscription_id, seat), false
     from generate_series(0, pgqueue.seats() - 1) seat
   ) w
@@ -81,12 +78,11 @@ declare
   v_seat text := split_part(v_registered, ' ', 4);
 begin
   if pgqueue.is_current(v_registered) then
-    if v_registered like 'no L %' then
-      perform pg_advisory_unlock(pgqueue.looking_locks(), subscription_id);
-    elsif v_registered not like 'no %' then
-      perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    if v_registered like 'no %' then
+      return;
     end if;
-    if v_seat not in ('', '-') then
+    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    if v_seat <> '-' then
       perform pg_advisory_unlock(
         pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
       );
@@ -99,23 +95,6 @@ begin
   perform set_config(v_setting, 'no - ' || nextval('pgqueue.awakenings'), false);
 end $$;
 
--- Makes the session, which does not wait, the one that looks. False if there is one.
-create function pgqueue.start_looking(subscription_id int) returns boolean
-language plpgsql
-as $$
-declare
-  v_setting text := pgqueue.waiting_setting(subscription_id);
-begin
-  if current_setting(v_setting, true) like 'no L %' then
-    return true;
-  end if;
-  if not pg_try_advisory_lock(pgqueue.looking_locks(), subscription_id) then
-    return false;
-  end if;
-  perform set_config(v_setting, 'no L ' || nextval('pgqueue.awakenings'), false);
-  return true;
-end $$;
-
 -- Registers the session as waiting. NULL if somebody holds the lock for another
 -- purpose, behind whom we are not to wait.
 create function pgqueue.start_waiting(subscription_id int) returns text
@@ -123,6 +102,8 @@ language plpgsql
 as $$
 declare
   v_seat text := coalesce(nullif(current_setting(pgqueue.seat_setting(subscription_id), true), ''), '-');
+  -- before the locks: if the call is cut off among them, the setting does not pass for current
+  v_awakening bigint := nextval('pgqueue.awakenings');
   v_registered text;
 begin
   if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), subscription_id)
@@ -138,8 +119,7 @@ begin
     v_seat := '-';
   end if;
   v_registered := format(
-    '%s %s %s %s', pgqueue.last_id(), extract(epoch from clock_timestamp()),
-    nextval('pgqueue.awakenings'), v_seat
+    '%s %s %s %s', pgqueue.last_id(), extract(epoch from clock_timestamp()), v_awakening, v_seat
   );
   perform set_config(pgqueue.waiting_setting(subscription_id), v_registered, false);
   return v_registered;
@@ -150,17 +130,17 @@ create function pgqueue.start_waiting_anew(subscription_id int, registered text)
 language plpgsql
 as $$
 begin
-  if registered like 'no - %' and pgqueue.is_current(registered) then
+  if registered like 'no %' and pgqueue.is_current(registered) then
     return pgqueue.start_waiting(subscription_id);
   end if;
-  if registered not like 'no %' and pgqueue.is_current(registered) and exists (
+  if exists (
     select from pgqueue.waiting_locks_held(subscription_id) h where h.is_shared
   ) then
-    return array_to_string((string_to_array(registered, ' '))[:4], ' ');
-  end if;
-  if registered not like 'no %' then
+    if pgqueue.is_current(registered) then
+      return array_to_string((string_to_array(registered, ' '))[:4], ' ');
+    end if;
     perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
+    perform pgqueue.stop_waiting(subscription_id);
   end if;
-  perform pgqueue.stop_waiting(subscription_id);
   return pgqueue.start_waiting(subscription_id);
 end $$;

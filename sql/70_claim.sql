@@ -286,8 +286,12 @@ create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns
 language plpgsql
 as $$
 declare
-  -- next_receipt() without the call, unless somebody squats on the floor
-  v_receipt bigint := case when pgqueue.lock_receipt_floor(pgqueue.last_receipt())
+  -- one floor a transaction, for a lock each would fill the lock table; next_receipt()
+  -- without the call, unless somebody squats on the floor
+  v_receipt bigint := case
+    when current_setting('pgqueue.receipt_floor', true) = pg_current_xact_id()::text
+      or pgqueue.lock_receipt_floor(pgqueue.last_receipt())
+        and set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true) is not null
     then nextval('pgqueue.receipts') else pgqueue.next_receipt() end;
   v_owner int := pgqueue.owner_of_session(owner);
 begin

@@ -187,9 +187,9 @@ begin
   return c;
 end $$;
 
--- From the first ordered lane that is free and has something, beginning with
--- another one after every receipt. To look at all of them, for the oldest
--- message, would be to walk over the dead entries of all.
+-- From the first ordered lane that is free and has something, from one at random
+-- on. To look at all of them, for the oldest message, would be to walk over the
+-- dead entries of all.
 create function pgqueue.claim_any_lane(
   s pgqueue.subscriptions, max_messages int, settled bigint
 ) returns pgqueue.claim
@@ -197,7 +197,7 @@ language plpgsql
 as $$
 declare
   v_claim pgqueue.claim;
-  v_start int := pgqueue.last_receipt() % s.lanes;
+  v_start int := floor(random() * s.lanes);
   -- a cursor: it looks at no more lanes than are asked for
   v_lanes cursor for
     select l.lane

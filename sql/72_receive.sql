@@ -85,8 +85,7 @@ create function pgqueue.receive(
   max_messages int default 1,
   lease interval default '30 s',
   ack_receipt bigint default null,
-  owner int default null,
-  looks_again boolean default false
+  owner int default null
 ) returns setof pgqueue.received_message
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -102,7 +101,7 @@ declare
   v_claim pgqueue.claim;
   v_receipt bigint;
   v_registered text;
-  v_looks boolean := looks_again;
+  v_had_id boolean;
 begin
   if (
     current_setting('transaction_isolation') = 'read committed' and max_messages > 0
@@ -119,13 +118,9 @@ begin
   end if;
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
   -- a rollback brings the setting back, not the locks
-  if (v_registered like 'no %' and pgqueue.is_current(v_registered)) is false
-    or (v_registered like 'no L %' and looks_again is not true)
-  then
+  if (v_registered like 'no %' and pgqueue.is_current(v_registered)) is false then
+    v_had_id := pg_current_xact_id_if_assigned() is not null;
     perform pgqueue.stop_waiting(v_subscription.subscription_id);
-  end if;
-  if looks_again then
-    v_looks := pgqueue.start_looking(v_subscription.subscription_id);
   end if;
   if v_subscription.ordering <> 'none' then
     -- before the ack: it is cheaper in a transaction that has written nothing
@@ -140,12 +135,8 @@ begin
   end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner);
-    -- somebody may have been kept from waking another one by our waiting, or looking
-    if (
-      case when v_looks then cardinality(v_claim.message_ids) = max_messages
-      else v_registered like 'no L %' or split_part(v_registered, ' ', 4) not in ('', '-') end
-    ) then
-      perform pgqueue.wake_next(v_subscription.subscription_id);
+    if split_part(v_registered, ' ', 4) not in ('', '-') then
+      perform pgqueue.wake_next(v_subscription.subscription_id, v_had_id);
     end if;
     if v_claim.retry_tids is null
       and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16
@@ -162,5 +153,5 @@ begin
   end if;
 end $$;
 
-comment on function pgqueue.receive(text, int, interval, bigint, int, boolean) is
-  'fetch_pending and mark_delivered in one call: takes the next messages under a lease and returns them with their receipt. Acks the receipt ack_receipt first, in the same transaction. owner, from attach: the lease ends with the session. looks_again: the caller promises to call receive, await or stop_awaiting again within milliseconds; until then publishers do not notify others who wait.';
+comment on function pgqueue.receive(text, int, interval, bigint, int) is
+  'fetch_pending and mark_delivered in one call: takes the next messages under a lease and returns them with their receipt. Acks the receipt ack_receipt first, in the same transaction. owner, from attach: the lease ends with the session.';

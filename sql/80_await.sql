@@ -129,7 +129,6 @@ declare
   v_looks_again boolean;
   v_waited interval;
   v_in_flight boolean;
-  v_looked_after boolean;
   v_settled bigint;
   v_claim pgqueue.claim;
   v_next record;
@@ -157,18 +156,11 @@ begin
 
   -- whoever drew a number or looked for waiters before had his id before: see settled()
   v_quiet := pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot()) and seen <> '';
-  -- who looks, or will hand over, sees those in flight and what they bring
-  v_looked_after := pgqueue.someone_looks(v_subscription.subscription_id);
-  v_in_flight := v_clear_since is null and not v_quiet and not v_looked_after
-    and pgqueue.others_in_flight(
-      v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
-    );
+  v_in_flight := v_clear_since is null and not v_quiet and pgqueue.others_in_flight(
+    v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
+  );
   v_event := pgqueue.next_event(v_subscription.subscription_id);
-  if v_looked_after then
-    if v_event is null then
-      return least(poll, greatest(interval '20 ms', v_waited / 2));
-    end if;
-  elsif not v_in_flight then
+  if not v_in_flight then
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(
@@ -249,12 +241,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_subscription pgqueue.subscriptions := pgqueue.subscription_named(subscription);
+  v_had_id boolean := pg_current_xact_id_if_assigned() is not null;
 begin
   perform pgqueue.stop_waiting(v_subscription.subscription_id);
   -- who notified us, or is about to, did not notify another
   perform pg_current_xact_id();
-  perform pgqueue.wake_next(v_subscription.subscription_id);
+  perform pgqueue.wake_next(v_subscription.subscription_id, v_had_id);
 end $$;
 
 comment on function pgqueue.stop_awaiting(text) is
-  'Ends what await began, without receive, for a consumer that stops; and the promise of receive''s looks_again, for one that takes longer than it thought. What it may have been notified of another one is.';
+  'Ends what await began, without receive: for a consumer that stops. What it may have been notified of another one is.';

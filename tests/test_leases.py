@@ -225,3 +225,13 @@ def test_a_lease_that_commits_late_is_taken_back_like_any_other(
     connection.execute("select pgqueue.maintain()")
     expire_leases(connection)
     assert payloads(receive(connection, "s")) == ([1] if with_floors else [])
+
+
+def test_receives_in_one_transaction_hold_one_lock(database: Database) -> None:
+    connection = database.connect()
+    subscribe(connection, "s")
+    publish(connection, 5)
+    for _ in range(5):
+        receive(connection, "s")
+    locks = "select count(*) from pg_locks where classid = pgqueue.receipt_floor_locks()::oid"
+    assert one(connection, locks) == 1

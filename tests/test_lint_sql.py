@@ -30,7 +30,7 @@ def test_plpgsql_check_finds_nothing(database: Database) -> None:
         " where p.pronamespace = 'pgqueue'::regnamespace and l.lanname = 'plpgsql'",
     )
     assert "pgqueue.fan_out()" in checked
-    assert "pgqueue.receive(text,integer,interval,bigint,integer,boolean)" in checked
+    assert "pgqueue.receive(text,integer,interval,bigint,integer)" in checked
     # Without performance warnings: most are about functions with dynamic SQL, which it takes for
     # stable, and about integer constants for bigint.
     findings = connection.execute(

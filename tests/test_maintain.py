@@ -107,6 +107,10 @@ def test_backlog_of_once_does_not_stay_on_disk(database: Database) -> None:
     assert freed not in maintain(connection)
     other.commit()
     assert freed not in maintain(connection)
+    # receive would do it, too
+    connection.execute(
+        "update pgqueue.lanes set tended_at = 'infinity', last_delivered_at = 'infinity'"
+    )
     assert len(receive(connection, "s")) == 1
     assert maintain(connection)[freed] > 30 << 20
     assert one(connection, size) < 1 << 20

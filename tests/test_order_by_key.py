@@ -27,6 +27,7 @@ from tests.helpers import (
     fetch_pending,
     one,
     payloads,
+    publish,
     receive,
     subscribe,
 )
@@ -288,3 +289,24 @@ def test_messages_with_the_key_of_a_dead_batch_keep_their_order(database: Databa
     got = receive_all(connection, at_a_time=10)
     assert got == [1, 1, 2, 3, 2]
     assert status(connection) == {}
+
+
+def test_lane_is_not_passed_over_for_ever(database: Database) -> None:
+    """Receipts are drawn in lockstep, by another subscription too, and one lane is never empty."""
+    connection = open_queue(database, lanes=2)
+    subscribe(connection, "other", topic="other")
+    publish(connection, 200, topic="other")
+    by_lane = {
+        one(connection, "select pgqueue.lane_of('key', 2::smallint, %s)", key): key
+        for key in map(str, range(20))
+    }
+    rare, common = by_lane[1], by_lane[2]
+    put(connection, 0, rare)
+    for number in range(200):
+        put(connection, number, common)
+        (message,) = receive(connection, "s")
+        ack(connection, [message])
+        if message.key == rare:
+            return
+        receive(connection, "other")
+    pytest.fail("200 receives took from one lane only")

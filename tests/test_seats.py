@@ -223,3 +223,33 @@ def test_who_waits_finds_a_key_that_is_held_without_need(
     acking.execute("select pgqueue.ack(%s)", [receipt])
     acking.commit()
     assert await_seconds(waiter, "k") == 0
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_who_was_woken_within_a_transaction_of_its_own_wakes_the_next(
+    database: Database, connection: Connection, stops: bool
+) -> None:
+    """Its transaction's id is older than that of the publisher who found it waiting."""
+    first, second = seated(database, 2)
+    slow = database.connect()
+    with first.transaction():
+        first.execute("select pg_current_xact_id()")
+        second.execute("select pgqueue.receive('s')")  # it does not wait for now
+        publish(slow)
+        put(connection, 2)
+        assert await_seconds(second) < 1
+        if stops:
+            first.execute("select pgqueue.stop_awaiting('s')")
+        else:
+            assert payloads(receive(first, "s")) == [2]
+    assert heard([second]) == [second]
+
+
+def test_stop_awaiting_without_await_does_nothing(
+    database: Database, connection: Connection
+) -> None:
+    (sitting,) = seated(database, 1)
+    for _ in range(2):
+        sitting.execute("select pgqueue.stop_awaiting('s')")
+    publish(connection)
+    assert heard([sitting]) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -10,16 +9,11 @@ from typing import Any, Protocol
 import psycopg
 
 from .._sql import call, seconds
-from ..errors import PgQueueError
 from .message import AsyncMessage, AsyncSettler
-from .runtime import Timer, Waker
+from .runtime import Waker
 from .session import AsyncSession, Connect
 
 ASYNC_COMMIT = "(select set_config('synchronous_commit', 'off', true)) as setting, "
-
-# Who handled the last messages within so long is taken to do so again: publishers need not notify
-# others meanwhile, or until it has taken longer.
-QUICK_SECONDS = 0.01
 
 # No system call for waiting takes any number of seconds.
 LONGEST_SLEEP_SECONDS = 3600.0
@@ -80,11 +74,6 @@ class AsyncSQLSource:
         self._listen = listen
         self._waker = Waker()
         self._session = AsyncSession(connect, subscription, self._waker, listen=listen)
-        self._is_quick = True
-        self._looks_again = False
-        # when the messages that are being handled came
-        self._fetched: float | None = None
-        self._timer = Timer(QUICK_SECONDS, self._give_up_looking_if_slow)
 
     async def subscribe(self) -> None:
         """Do nothing: `Queue.subscribe` creates it, and to fetch from an unknown one fails."""
@@ -97,37 +86,28 @@ class AsyncSQLSource:
         self, max_messages: int, acked: Sequence[AsyncMessage[Any]] = ()
     ) -> Sequence[AsyncMessage[Any]]:
         """Call pgqueue.receive."""
-        if self._fetched is not None:
-            self._is_quick = time.monotonic() - self._fetched < QUICK_SECONDS
-            self._fetched = None
         try:
             rows = await self._receive(max_messages, acked)
         except psycopg.OperationalError:
             if self._session.stopped and not acked:
                 return []  # stopped while the server was away
             raise
-        if rows:
-            self._fetched = time.monotonic()
-            if self._looks_again:
-                self._timer.start()
         return [AsyncMessage(*row, self, self._session.number) for row in rows]  # type: ignore[call-arg]
 
     async def _receive(
         self, max_messages: int, acked: Sequence[AsyncMessage[Any]]
     ) -> list[tuple[Any, ...]]:
-        self._looks_again = self._listen and self._is_quick and self._session.owner is not None
         return await self._session.execute(
             # Where nothing is acked a commit that a crash of the server loses is as if the consumer
             # had not asked yet: no message waits for the disk on its way to the handler.
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt"
-            f" from {'' if acked else ASYNC_COMMIT}pgqueue.receive(%s, %s, %s, %s, %s, %s)",
+            f" from {'' if acked else ASYNC_COMMIT}pgqueue.receive(%s, %s, %s, %s, %s)",
             (
                 self._subscription,
                 max_messages,
                 seconds(self.lease),
                 acked[0].receipt if acked else None,
                 self._session.owner,
-                self._looks_again,
             ),
             settles=acked[0].session if acked else None,
         )
@@ -138,7 +118,6 @@ class AsyncSQLSource:
             await self._waker.wait(min(self._poll, LONGEST_SLEEP_SECONDS))
             return
         woken = False
-        self._looks_again = False  # that ends with await
         while not woken:
             # what woke us so far is there to see for the statement that follows
             self._waker.forget()
@@ -159,23 +138,11 @@ class AsyncSQLSource:
                 woken = await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
             if self._session.stopped:
                 # handlers may run on for long: publishers should wake somebody else
-                await self._stop_awaiting()
+                with suppress(psycopg.OperationalError):
+                    await self._session.execute(
+                        "select pgqueue.stop_awaiting(%s)", (self._subscription,)
+                    )
                 return
-
-    async def _give_up_looking_if_slow(self) -> None:
-        fetched = self._fetched
-        if fetched is None or not self._looks_again:
-            return
-        if time.monotonic() - fetched < QUICK_SECONDS / 2:
-            self._timer.start()  # these came after it was started
-        else:
-            self._looks_again = False
-            with suppress(PgQueueError):  # who handles the messages meets it, too
-                await self._stop_awaiting()
-
-    async def _stop_awaiting(self) -> None:
-        with suppress(psycopg.OperationalError):
-            await self._session.execute("select pgqueue.stop_awaiting(%s)", (self._subscription,))
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -223,10 +190,6 @@ class AsyncSQLSource:
 
     async def close(self) -> None:
         """Close the connection."""
-        self._fetched = None
-        await self._timer.stop()
-        if self._looks_again:
-            await self._stop_awaiting()
         self._waker.close()
         await self._session.close()
 

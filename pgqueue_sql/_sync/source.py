@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,16 +10,11 @@ from typing import Any, Protocol
 import psycopg
 
 from .._sql import call, seconds
-from ..errors import PgQueueError
 from .message import Message, Settler
-from .runtime import Timer, Waker
+from .runtime import Waker
 from .session import Connect, Session
 
 ASYNC_COMMIT = "(select set_config('synchronous_commit', 'off', true)) as setting, "
-
-# Who handled the last messages within so long is taken to do so again: publishers need not notify
-# others meanwhile, or until it has taken longer.
-QUICK_SECONDS = 0.01
 
 # No system call for waiting takes any number of seconds.
 LONGEST_SLEEP_SECONDS = 3600.0
@@ -81,11 +75,6 @@ class SQLSource:
         self._listen = listen
         self._waker = Waker()
         self._session = Session(connect, subscription, self._waker, listen=listen)
-        self._is_quick = True
-        self._looks_again = False
-        # when the messages that are being handled came
-        self._fetched: float | None = None
-        self._timer = Timer(QUICK_SECONDS, self._give_up_looking_if_slow)
 
     def subscribe(self) -> None:
         """Do nothing: `Queue.subscribe` creates it, and to fetch from an unknown one fails."""
@@ -98,35 +87,26 @@ class SQLSource:
         self, max_messages: int, acked: Sequence[Message[Any]] = ()
     ) -> Sequence[Message[Any]]:
         """Call pgqueue.receive."""
-        if self._fetched is not None:
-            self._is_quick = time.monotonic() - self._fetched < QUICK_SECONDS
-            self._fetched = None
         try:
             rows = self._receive(max_messages, acked)
         except psycopg.OperationalError:
             if self._session.stopped and not acked:
                 return []  # stopped while the server was away
             raise
-        if rows:
-            self._fetched = time.monotonic()
-            if self._looks_again:
-                self._timer.start()
         return [Message(*row, self, self._session.number) for row in rows]  # type: ignore[call-arg]
 
     def _receive(self, max_messages: int, acked: Sequence[Message[Any]]) -> list[tuple[Any, ...]]:
-        self._looks_again = self._listen and self._is_quick and self._session.owner is not None
         return self._session.execute(
             # Where nothing is acked a commit that a crash of the server loses is as if the consumer
             # had not asked yet: no message waits for the disk on its way to the handler.
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt"
-            f" from {'' if acked else ASYNC_COMMIT}pgqueue.receive(%s, %s, %s, %s, %s, %s)",
+            f" from {'' if acked else ASYNC_COMMIT}pgqueue.receive(%s, %s, %s, %s, %s)",
             (
                 self._subscription,
                 max_messages,
                 seconds(self.lease),
                 acked[0].receipt if acked else None,
                 self._session.owner,
-                self._looks_again,
             ),
             settles=acked[0].session if acked else None,
         )
@@ -137,7 +117,6 @@ class SQLSource:
             self._waker.wait(min(self._poll, LONGEST_SLEEP_SECONDS))
             return
         woken = False
-        self._looks_again = False  # that ends with await
         while not woken:
             # what woke us so far is there to see for the statement that follows
             self._waker.forget()
@@ -158,23 +137,9 @@ class SQLSource:
                 woken = self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
             if self._session.stopped:
                 # handlers may run on for long: publishers should wake somebody else
-                self._stop_awaiting()
+                with suppress(psycopg.OperationalError):
+                    self._session.execute("select pgqueue.stop_awaiting(%s)", (self._subscription,))
                 return
-
-    def _give_up_looking_if_slow(self) -> None:
-        fetched = self._fetched
-        if fetched is None or not self._looks_again:
-            return
-        if time.monotonic() - fetched < QUICK_SECONDS / 2:
-            self._timer.start()  # these came after it was started
-        else:
-            self._looks_again = False
-            with suppress(PgQueueError):  # who handles the messages meets it, too
-                self._stop_awaiting()
-
-    def _stop_awaiting(self) -> None:
-        with suppress(psycopg.OperationalError):
-            self._session.execute("select pgqueue.stop_awaiting(%s)", (self._subscription,))
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -222,10 +187,6 @@ class SQLSource:
 
     def close(self) -> None:
         """Close the connection."""
-        self._fetched = None
-        self._timer.stop()
-        if self._looks_again:
-            self._stop_awaiting()
         self._waker.close()
         self._session.close()
 
