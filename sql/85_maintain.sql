@@ -156,8 +156,9 @@ begin
   return v_bytes - pg_total_relation_size(v_table::regclass);
 end $$;
 
--- Truncates the deliveries if there are none. VACUUM gives no page of an index back: without this a backlog of once
--- would stay on disk. As for a leaf, whoever has written holds off our lock.
+-- Truncates the deliveries if there are none. VACUUM gives no page of an index
+-- back: without this a backlog of once would stay on disk. As for a leaf, whoever
+-- has written holds off our lock.
 create function pgqueue.recycle_deliveries() returns void
 language plpgsql
 set lock_timeout = '25ms'
