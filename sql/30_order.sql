@@ -70,13 +70,16 @@ begin
   return v_floor;
 end $$;
 
--- The highest id up to which every message is settled.
-create function pgqueue.settled_by_floors(last_id bigint) returns bigint
+-- The highest id up to which every message is settled, or of_receipts: the
+-- highest receipt up to which every lease is committed, or never will be.
+create function pgqueue.settled_by_floors(last_id bigint, of_receipts boolean default false)
+returns bigint
 language plpgsql
 as $$
 begin
   return least(last_id, (
-    select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f where not f.of_receipts
+    select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f
+    where f.of_receipts = settled_by_floors.of_receipts
   ));
 end $$;
 
@@ -137,15 +140,3 @@ end $$;
 create function pgqueue.lock_receipt_floor(floor bigint) returns boolean
 language sql volatile
 return pg_try_advisory_xact_lock_shared(pgqueue.receipt_floor_locks(), pgqueue.floor_key(floor));
-
--- The highest receipt up to which every lease is committed, or never will be.
-create function pgqueue.settled_receipts() returns bigint
-language plpgsql
-as $$
-declare
-  v_last_receipt bigint := pgqueue.last_receipt();
-begin
-  return least(v_last_receipt, (
-    select min(pgqueue.floor_of(f.key, v_last_receipt)) from pgqueue.floors f where f.of_receipts
-  ));
-end $$;

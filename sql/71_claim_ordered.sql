@@ -198,7 +198,8 @@ as $$
 declare
   v_claim pgqueue.claim;
   v_start int := floor(random() * s.lanes);
-  -- a cursor: it looks at no more lanes than are asked for
+  -- A cursor: it looks at no more lanes than are asked for. offset 0: each look by
+  -- itself, for a join would read all leases, dead ones too, for every lane.
   v_lanes cursor for
     select l.lane
     from generate_series(v_start, v_start + s.lanes - 1) turn

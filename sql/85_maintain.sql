@@ -28,7 +28,7 @@ begin
     return;
   end if;
   v_settled := pgqueue.settled();
-  v_settled_receipts := pgqueue.settled_receipts();
+  v_settled_receipts := pgqueue.settled_by_floors(pgqueue.last_receipt(), of_receipts => true);
   -- in one statement: a requeue moves a message from the one to the other
   select
     (select d.message_id from pgqueue.deliveries d
