@@ -27,16 +27,16 @@ comment on function pgqueue.version() is
 
 -- Advisory locks are the parts of pgqueue's state that must not be MVCC. They
 -- use the two-integer form, whose first half is one of these numbers ("pgqf",
--- "pgqr", "pgqw", "pgqs", "pgqo", "pgqm", "pgqt", "pgqu" in ASCII), so that they do
--- not meet an application's.
+-- "pgqr", "pgqw", "pgqk", "pgqo", "pgqm", "pgqt", "pgqu", "pgql" in ASCII), so
+-- that they do not meet an application's.
 create function pgqueue.floor_locks() returns int
 language sql immutable parallel safe return 1885827430;
 create function pgqueue.receipt_floor_locks() returns int
 language sql immutable parallel safe return 1885827442;
 create function pgqueue.waiting_locks() returns int
 language sql immutable parallel safe return 1885827447;
-create function pgqueue.settling_locks() returns int
-language sql immutable parallel safe return 1885827443;
+create function pgqueue.waking_locks() returns int
+language sql immutable parallel safe return 1885827435;
 create function pgqueue.owner_locks() returns int
 language sql immutable parallel safe return 1885827439;
 create function pgqueue.maintenance_locks() returns int
@@ -45,6 +45,8 @@ create function pgqueue.seat_locks() returns int
 language sql immutable parallel safe return 1885827444;
 create function pgqueue.waiting_seat_locks() returns int
 language sql immutable parallel safe return 1885827445;
+create function pgqueue.lingering_locks() returns int
+language sql immutable parallel safe return 1885827436;
 
 -- Names (of topics and subscriptions) end up in shells, log lines, psql
 -- variables and format strings: quotes, backslashes, percent signs and control

@@ -256,3 +256,14 @@ create type pgqueue.received_message as (
   deliveries int,
   receipt bigint
 );
+create type pgqueue.received_or_sleep as (
+  message_id bigint,
+  topic text,
+  key text,
+  headers jsonb,
+  payload jsonb,
+  published_at timestamptz,
+  deliveries int,
+  receipt bigint,
+  sleep interval
+);

@@ -12,16 +12,19 @@ language sql stable
 -- the id: channel names end at 63 bytes, and LISTEN cuts longer ones silently
 return 'pgqueue_' || subscription_id;
 
--- The second try tells a consumer from another publisher that looked at the
--- same moment.
-create function pgqueue.someone_waits(subscription_id int) returns boolean
+-- Held by transactions that look for waiters, to their end. Whoever stops waiting,
+-- or begins to, sees by it that somebody in flight may have found him waiting, or
+-- nobody. One for many subscriptions: a transaction may publish to thousands, and
+-- the lock table is small.
+create function pgqueue.waking_key(subscription_id int) returns int
+language sql immutable parallel safe
+return subscription_id & 127;
+
+create function pgqueue.someone_wakes(subscription_id int) returns boolean
 language sql volatile
 return not (
-  (pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
-    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
-  or
-  (pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
-    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id))
+  pg_try_advisory_lock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))
+  and pg_advisory_unlock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))
 );
 
 -- A consumer may have a seat, numbered from 0, with a channel of its own: then a
@@ -34,13 +37,36 @@ create function pgqueue.seat_key(subscription_id int, seat int) returns int
 language sql immutable parallel safe
 return ((subscription_id & 67108863) - 33554432) * 32 + seat;
 
--- Wakes a consumer that waits in a seat: for a second the same one first, whose
--- process is warm, and then another, for one may be stuck. If none does, all that
--- LISTEN to the subscription's channel. Not with pgqueue.notify off (PREPARE
--- TRANSACTION forbids NOTIFY), and not into a queue that a stuck listener let run
--- full, where it would fail the publisher: the consumers' polling finds the
--- message then.
-create function pgqueue.notify(subscription_id int) returns boolean
+-- And a commit with a NOTIFY in it wakes every session of the database that
+-- LISTENs, to whatever. A consumer that finds messages every few milliseconds
+-- therefore lingers rather than waits: it holds one of these locks of the
+-- subscription, in the same manner, and looks again by itself.
+create function pgqueue.lingerers() returns int
+language sql immutable parallel safe return 4;
+
+create function pgqueue.is_held(classid int, key int) returns boolean
+language sql volatile
+return not (pg_try_advisory_lock_shared(classid, key) and pg_advisory_unlock_shared(classid, key));
+
+create function pgqueue.someone_lingers(subscription_id int) returns boolean
+language plpgsql
+as $$
+begin
+  for lingerer in 0..pgqueue.lingerers() - 1 loop
+    if pgqueue.is_held(pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, lingerer)) then
+      return true;
+    end if;
+  end loop;
+  return false;
+end $$;
+
+-- Leaves it to a consumer that lingers, or wakes one that waits in a seat: for a
+-- second the same one first, whose process is warm, and then another, for one may
+-- be stuck. If none does, all that LISTEN to the subscription's channel. Not with
+-- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
+-- that a stuck listener let run full, where it would fail the publisher: the
+-- consumers' polling finds the message then.
+create function pgqueue.notify(subscription_id int) returns void
 language plpgsql
 as $$
 declare
@@ -49,44 +75,62 @@ declare
   v_seat int := v_random & pgqueue.seats() - 1;
   -- odd, to come by every seat; not always 1, for seats that are taken lie side by side
   v_step int := v_random >> 8 & pgqueue.seats() - 1 | 1;
-  v_key int;
 begin
   if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')
     or pg_notification_queue_usage() >= 0.5
   then
-    return true;
+    return;
+  end if;
+  if pgqueue.someone_lingers(subscription_id) then
+    return;
   end if;
   for i in 1..pgqueue.seats() loop
-    v_key := pgqueue.seat_key(subscription_id, v_seat);
-    if not (
-      pg_try_advisory_lock_shared(pgqueue.waiting_seat_locks(), v_key)
-      and pg_advisory_unlock_shared(pgqueue.waiting_seat_locks(), v_key)
-    ) then
+    if pgqueue.is_held(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat)) then
       perform pg_notify(v_channel || '_' || v_seat, '');
-      return true;
+      return;
     end if;
     v_seat := (v_seat + v_step) % pgqueue.seats();
   end loop;
   perform pg_notify(v_channel, '');
-  return true;
 end $$;
 
--- Notifies the consumers of the subscription if one waits. True in any case, to
--- stand in a WHERE: as a part of the fan-out it costs a fraction of a query.
-create function pgqueue.wake(subscription_id int) returns boolean
-language sql volatile
-return not pgqueue.someone_waits(subscription_id) or pgqueue.notify(subscription_id);
-
--- By a consumer that was woken in its seat and took messages: wakes the next one
--- if there is more, or may be. Who is in flight now may have found it waiting,
--- and woken it for a message that nobody sees yet. The transaction's id tells (see
--- settled()) if it was assigned after the consumer stopped waiting, that is, if
--- there was none before.
-create function pgqueue.wake_next(subscription_id int, had_id boolean) returns void
+-- wake() when it seems that somebody waits. The second try tells a consumer from
+-- another publisher that looked at the same moment.
+create function pgqueue.wake_waiting(subscription_id int) returns boolean
 language plpgsql
 as $$
 begin
-  if had_id or pg_current_xact_id() > pg_snapshot_xmin(pg_current_snapshot()) or exists (
+  if not (
+    pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
+    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
+  ) then
+    perform pgqueue.notify(subscription_id);
+  end if;
+  return true;
+end $$;
+
+-- Notifies the consumers of the subscription if one waits and none will look
+-- anyway. True in any case, to stand in a WHERE: as a part of the fan-out it costs
+-- a fraction of a query. Who squats on the first lock keeps those who wait polling.
+create function pgqueue.wake(subscription_id int) returns boolean
+language sql volatile
+return pg_try_advisory_xact_lock_shared(
+    pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
+  ) is not null
+  and (
+    pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
+    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
+    or pgqueue.wake_waiting(subscription_id)
+  );
+
+-- By a consumer that was woken in its seat, or lingered, and took messages: wakes
+-- the next one if there is more, or may be: somebody in flight may have found this
+-- one, and woken no other.
+create function pgqueue.wake_next(subscription_id int, found_by_someone boolean) returns void
+language plpgsql
+as $$
+begin
+  if found_by_someone or exists (
     select from pgqueue.lanes l cross join lateral (
       select from pgqueue.deliveries d
       where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
@@ -100,12 +144,3 @@ begin
     perform pgqueue.wake(subscription_id);
   end if;
 end $$;
-
--- Like wake, for transactions that settle a lease. Their commit may be far
--- away (an ack in the handler's own transaction): the lock lets await() see
--- that something may become deliverable, as floors do for publishers.
-create function pgqueue.wake_when_settled(subscription_id int) returns boolean
-language sql volatile
--- try: who squats on the lock delays wake-ups, not acks
-return pg_try_advisory_xact_lock_shared(pgqueue.settling_locks(), subscription_id) is not null
-  and pgqueue.wake(subscription_id);

@@ -1,11 +1,14 @@
 -- Sessions that wait for a subscription, so that wake() finds them.
 
 -- What a session knows of its waiting, in a setting of its own per subscription:
--- since which id, since when (epoch), the awakening that it counts from, the seat
--- or -, and "clear" and since when nobody is in flight who may have looked
--- before. Or "no", "-" and the awakening since which it does not wait. The
--- setting goes with a rollback, the locks stay: so it holds only as long as the
--- session's awakening, which no rollback takes back, is the same.
+-- "waits", the id of a transaction since then (-: of none yet), the awakening that
+-- it counts from, the seat or -, since when (epoch), the last message id at its
+-- last look, and "clear" and since when nobody is in flight who may have looked
+-- before. Or "lingers", "-", the awakening and which of the locks for it it has.
+-- Or "no", whether somebody in flight may have found it waiting ("found" or "-"),
+-- and the awakening since which it does not wait. The setting goes with a rollback,
+-- the locks stay: so it holds only as long as the session's awakening, which no
+-- rollback takes back, is the same.
 create function pgqueue.waiting_setting(subscription_id int) returns text
 language sql stable
 return 'pgqueue.waiting_' || subscription_id;
@@ -50,7 +53,7 @@ end $$;
 comment on function pgqueue.take_seat(text) is
   'Gives the session a seat in the subscription and returns the seat''s channel, to LISTEN on besides pgqueue.channel: of the sessions that wait in seats, one is notified at a time, and it wakes the next if there is more than it takes. NULL if all seats are taken: then pgqueue.channel alone does.';
 
--- The waiting locks of the session, for when its setting does not tell.
+-- What the session waits or lingers by, for when its setting does not tell.
 create function pgqueue.waiting_locks_held(subscription_id int)
 returns table (classid int, key int, is_shared boolean)
 language plpgsql
@@ -61,38 +64,84 @@ begin
   from (
     select pgqueue.waiting_locks() as classid, waiting_locks_held.subscription_id as key, true as is_shared
     union all
-    select pgqueue.waiting_seat_locks(), pgqueue.seat_key(waiting_locks_held.subscription_id, seat), false
-    from generate_series(0, pgqueue.seats() - 1) seat
+    select c.classid, pgqueue.seat_key(waiting_locks_held.subscription_id, seat), false
+    from generate_series(0, pgqueue.seats() - 1) seat,
+      (values (pgqueue.waiting_seat_locks()), (pgqueue.lingering_locks())) c (classid)
   ) w
   join pg_locks l on l.classid = w.classid::oid and l.objid = w.key::oid
   where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2 and l.granted
     and l.mode = case when w.is_shared then 'ShareLock' else 'ExclusiveLock' end;
 end $$;
 
-create function pgqueue.stop_waiting(subscription_id int) returns void
+-- Ends waiting and lingering. Whether somebody in flight may have found the session
+-- at it: what was committed by now it sees when it looks.
+create function pgqueue.stop_waiting(subscription_id int) returns boolean
 language plpgsql
 as $$
 declare
   v_setting text := pgqueue.waiting_setting(subscription_id);
   v_registered text := current_setting(v_setting, true);
-  v_seat text := split_part(v_registered, ' ', 4);
+  v_place text := split_part(v_registered, ' ', 4);
+  v_found boolean;
 begin
-  if pgqueue.is_current(v_registered) then
-    if v_registered like 'no %' then
-      return;
-    end if;
-    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
-    if v_seat <> '-' then
-      perform pg_advisory_unlock(
-        pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
-      );
-    end if;
-  else
+  if pgqueue.is_current(v_registered) is not true then
     perform case when h.is_shared then pg_advisory_unlock_shared(h.classid, h.key)
       else pg_advisory_unlock(h.classid, h.key) end
     from pgqueue.waiting_locks_held(subscription_id) h;
+  elsif v_registered like 'lingers %' then
+    perform pg_advisory_unlock(
+      pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, v_place::int)
+    );
+  elsif v_registered not like 'no %' then
+    perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
+    if v_place <> '-' then
+      perform pg_advisory_unlock(
+        pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_place::int)
+      );
+    end if;
   end if;
-  perform set_config(v_setting, 'no - ' || nextval('pgqueue.awakenings'), false);
+  v_found := pgqueue.someone_wakes(subscription_id);
+  perform pgqueue.set_not_waiting(subscription_id, v_found);
+  return v_found;
+end $$;
+
+create function pgqueue.set_not_waiting(subscription_id int, found boolean) returns void
+language sql volatile
+return set_config(
+  pgqueue.waiting_setting(subscription_id),
+  format('no %s %s', case when found then 'found' else '-' end, nextval('pgqueue.awakenings')),
+  false
+);
+
+-- Lets the session linger. False if enough others do, if nobody waits who would be
+-- woken otherwise, or if the session itself waits: who found it waiting notifies it.
+create function pgqueue.lingers(subscription_id int) returns boolean
+language plpgsql
+as $$
+declare
+  v_registered text := current_setting(pgqueue.waiting_setting(subscription_id), true);
+  v_awakening bigint;
+begin
+  if (v_registered like 'lingers %' or v_registered like 'no %') is not true
+    or not pgqueue.is_current(v_registered)
+    or pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
+      and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
+  then
+    return false;
+  elsif v_registered like 'lingers %' then
+    perform pgqueue.stop_waiting(subscription_id);
+  end if;
+  for lingerer in 0..pgqueue.lingerers() - 1 loop
+    v_awakening := nextval('pgqueue.awakenings');
+    if pg_try_advisory_lock(pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, lingerer)) then
+      perform set_config(
+        pgqueue.waiting_setting(subscription_id),
+        format('lingers - %s %s', v_awakening, lingerer), false
+      );
+      return true;
+    end if;
+  end loop;
+  return false;
 end $$;
 
 -- Registers the session as waiting. NULL if somebody holds the lock for another
@@ -119,7 +168,8 @@ begin
     v_seat := '-';
   end if;
   v_registered := format(
-    '%s %s %s %s', pgqueue.last_id(), extract(epoch from clock_timestamp()), v_awakening, v_seat
+    'waits - %s %s %s %s', v_awakening, v_seat, extract(epoch from clock_timestamp()),
+    pgqueue.last_id()
   );
   perform set_config(pgqueue.waiting_setting(subscription_id), v_registered, false);
   return v_registered;
@@ -133,14 +183,12 @@ begin
   if registered like 'no %' and pgqueue.is_current(registered) then
     return pgqueue.start_waiting(subscription_id);
   end if;
-  if exists (
+  if pgqueue.is_current(registered) and exists (
     select from pgqueue.waiting_locks_held(subscription_id) h where h.is_shared
   ) then
-    if pgqueue.is_current(registered) then
-      return array_to_string((string_to_array(registered, ' '))[:4], ' ');
-    end if;
-    perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
-    perform pgqueue.stop_waiting(subscription_id);
+    return array_to_string((string_to_array(registered, ' '))[:6], ' ');
   end if;
+  perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
+  perform pgqueue.stop_waiting(subscription_id);
   return pgqueue.start_waiting(subscription_id);
 end $$;

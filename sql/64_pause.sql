@@ -12,7 +12,7 @@ begin
   if not found then
     return false;
   end if;
-  perform pgqueue.wake_when_settled(v_subscription.subscription_id);
+  perform pgqueue.wake(v_subscription.subscription_id);
   return true;
 end $$;
 

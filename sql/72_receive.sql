@@ -101,7 +101,7 @@ declare
   v_claim pgqueue.claim;
   v_receipt bigint;
   v_registered text;
-  v_had_id boolean;
+  v_found boolean;
 begin
   if (
     current_setting('transaction_isolation') = 'read committed' and max_messages > 0
@@ -118,9 +118,8 @@ begin
   end if;
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
   -- a rollback brings the setting back, not the locks
-  if (v_registered like 'no %' and pgqueue.is_current(v_registered)) is false then
-    v_had_id := pg_current_xact_id_if_assigned() is not null;
-    perform pgqueue.stop_waiting(v_subscription.subscription_id);
+  if (v_registered like 'no - %' and pgqueue.is_current(v_registered)) is false then
+    v_found := pgqueue.stop_waiting(v_subscription.subscription_id);
   end if;
   if v_subscription.ordering <> 'none' then
     -- before the ack: it is cheaper in a transaction that has written nothing
@@ -135,8 +134,9 @@ begin
   end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner);
-    if split_part(v_registered, ' ', 4) not in ('', '-') then
-      perform pgqueue.wake_next(v_subscription.subscription_id, v_had_id);
+    if v_found or split_part(v_registered, ' ', 4) not in ('', '-') then
+      perform pgqueue.wake_next(v_subscription.subscription_id, v_found);
+      perform pgqueue.set_not_waiting(v_subscription.subscription_id, false);
     end if;
     if v_claim.retry_tids is null
       and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16

@@ -118,7 +118,7 @@ begin
     perform pgqueue.release_key(l.subscription_id, l.key_hash);
   end if;
   if l.lane > 0 then
-    perform pgqueue.wake_when_settled(l.subscription_id);
+    perform pgqueue.wake(l.subscription_id);
   end if;
 end $$;
 

@@ -133,7 +133,7 @@ begin
   end if;
   v_lease := pgqueue.settle(pgqueue.lease_of(receipt), message_ids);
   perform pgqueue.give_back(v_lease, clock_timestamp() + delay, false, error);
-  perform pgqueue.wake_when_settled(v_lease.subscription_id);
+  perform pgqueue.wake(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
 end $$;
 
@@ -164,7 +164,7 @@ begin
       cardinality(v_lease.message_ids) = 1 and v_lease.attempts[1] > 0, false
     );
   end if;
-  perform pgqueue.wake_when_settled(v_lease.subscription_id);
+  perform pgqueue.wake(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
 end $$;
 
@@ -215,7 +215,7 @@ begin
     exit when v_leases = max_leases;
   end loop;
   if v_count > 0 then
-    perform pgqueue.wake_when_settled(subscription_id);
+    perform pgqueue.wake(subscription_id);
   end if;
   return v_count;
 end $$;

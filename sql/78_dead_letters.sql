@@ -94,7 +94,7 @@ begin
   if older_than is null and max_messages is null then
     v_count := v_count + pgqueue.unblock(v_subscription, message_ids);
   end if;
-  perform pgqueue.wake_when_settled(v_subscription.subscription_id);
+  perform pgqueue.wake(v_subscription.subscription_id);
   return v_count;
 end $$;
 
@@ -180,7 +180,7 @@ begin
     delete from pgqueue.failures f
     where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_blocked);
     perform pgqueue.release_key(v_subscription.subscription_id, k) from unnest(v_keys) k;
-    perform pgqueue.wake_when_settled(v_subscription.subscription_id);
+    perform pgqueue.wake(v_subscription.subscription_id);
   end if;
   return coalesce(cardinality(v_ids), 0) + coalesce(cardinality(v_blocked), 0);
 end $$;

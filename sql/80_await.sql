@@ -7,8 +7,9 @@
 -- longer, until those have gone.
 
 -- When the subscription will have something to see to, if it has nothing now;
--- NULL if there may be something. The look of those who wait and poll: cheap.
-create function pgqueue.next_event(subscription_id int) returns timestamptz
+-- NULL if there may be something: of messages, up to last_id. The look of those
+-- who wait and poll: cheap.
+create function pgqueue.next_event(subscription_id int, last_id bigint) returns timestamptz
 language plpgsql
 as $$
 #variable_conflict use_column
@@ -39,29 +40,12 @@ begin
       l.low < v_last_id and l.tended_at < v_now - interval '10 s'
       or exists (
         select from pgqueue.deliveries d
-        where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+        where d.subscription_id = l.subscription_id and d.lane = l.lane
+          and d.message_id > l.low and d.message_id <= next_event.last_id
       )
     )
   );
   return case when v_at > v_now then v_at end;
-end $$;
-
--- Whether a transaction is in flight that may make something deliverable and
--- may have looked for waiters before since_id was the last one drawn.
-create function pgqueue.others_in_flight(subscription_id int, since_id bigint) returns boolean
-language plpgsql
-as $$
-begin
-  return exists (
-    select from pg_locks l
-    where l.locktype = 'advisory' and l.objsubid = 2 and l.granted
-      and l.database = (select d.oid from pg_database d where d.datname = current_database())
-      and l.pid is distinct from pg_backend_pid()
-      and (
-        l.classid = pgqueue.floor_locks()::oid and pgqueue.floor_of(l.objid, since_id) <= since_id
-        or l.classid = pgqueue.settling_locks()::oid and l.objid = subscription_id::oid
-      )
-  );
 end $$;
 
 -- When the subscription may have something to deliver that it has not now, as
@@ -114,8 +98,12 @@ begin
   at := coalesce(at, 'infinity');
 end $$;
 
--- await() for whom it is not enough that no number was drawn.
-create function pgqueue.look_and_wait(subscription text, poll interval, seen text) returns interval
+-- await() for whom it is not enough that no number was drawn. patient: of what was
+-- published since it registered somebody else was notified, and who lingers looks
+-- for it himself; only what was there at the last look is left over.
+create function pgqueue.look_and_wait(
+  subscription text, poll interval, seen text, patient boolean
+) returns interval
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -129,6 +117,8 @@ declare
   v_looks_again boolean;
   v_waited interval;
   v_in_flight boolean;
+  v_last_id bigint;
+  v_looks_up_to bigint := 9223372036854775807;
   v_settled bigint;
   v_claim pgqueue.claim;
   v_next record;
@@ -141,10 +131,14 @@ begin
   v_subscription := pgqueue.subscription_named(subscription);
 
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
-  v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 6), '')::float8);
+  v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 8), '')::float8);
   -- a look at the locks now and then: the session may have unlocked its own, and
   -- somebody squat on a dead owner's
   v_looks_again := v_clear_since < clock_timestamp() - interval '1 min';
+  if v_registered like 'lingers %' then
+    perform pgqueue.stop_waiting(v_subscription.subscription_id);
+    v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id));
+  end if;
   if v_registered like 'no %' or pgqueue.is_current(v_registered) is not true or v_looks_again then
     v_clear_since := null;
     v_registered := pgqueue.start_waiting_anew(v_subscription.subscription_id, v_registered);
@@ -152,31 +146,49 @@ begin
       return least(poll, interval '10 ms');
     end if;
   end if;
-  v_waited := clock_timestamp() - to_timestamp(split_part(v_registered, ' ', 2)::float8);
+  v_waited := clock_timestamp() - to_timestamp(split_part(v_registered, ' ', 5)::float8);
 
-  -- whoever drew a number or looked for waiters before had his id before: see settled()
+  -- whoever looked for waiters before we registered had his id before ours
+  v_in_flight := v_clear_since is null
+    and pgqueue.someone_wakes(v_subscription.subscription_id)
+    and (
+      nullif(split_part(v_registered, ' ', 2), '-')::xid8
+        < pg_snapshot_xmin(pg_current_snapshot())
+    ) is not true;
+  -- whoever drew a number before had his id before: see settled()
   v_quiet := pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot()) and seen <> '';
-  v_in_flight := v_clear_since is null and not v_quiet and pgqueue.others_in_flight(
-    v_subscription.subscription_id, split_part(v_registered, ' ', 1)::bigint
-  );
-  v_event := pgqueue.next_event(v_subscription.subscription_id);
+  if patient
+    and (v_clear_since is null or pgqueue.someone_lingers(v_subscription.subscription_id))
+  then
+    v_looks_up_to := split_part(v_registered, ' ', 6);
+  end if;
+  v_last_id := pgqueue.last_id();
+  v_event := pgqueue.next_event(v_subscription.subscription_id, v_looks_up_to);
   if not v_in_flight then
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(
-        ' ', array_to_string((string_to_array(v_registered, ' '))[:4], ' '), 'clear',
+        ' ', array_to_string((string_to_array(v_registered, ' '))[:5], ' '), v_last_id, 'clear',
         extract(epoch from coalesce(v_clear_since, clock_timestamp()))
       ),
       false
     );
     -- what blocks may be redriven without a number being drawn
-    if v_quiet and v_event = 'infinity' and not exists (
+    if v_quiet and v_event = 'infinity' and v_looks_up_to >= v_last_id and not exists (
       select from pgqueue.retries r where r.subscription_id = v_subscription.subscription_id
     ) then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
     end if;
-  elsif not v_subscription.paused then
-    v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
+  else
+    if v_registered like 'waits - %' and seen <> '' then
+      perform set_config(
+        pgqueue.waiting_setting(v_subscription.subscription_id),
+        overlay(v_registered placing pg_current_xact_id()::text from 7 for 1), false
+      );
+    end if;
+    if not v_subscription.paused then
+      v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
+    end if;
   end if;
   if v_event is not null and v_looks_again is not true then
     return case when v_event < 'infinity' then least(v_sleep, v_event - clock_timestamp())
@@ -199,7 +211,7 @@ begin
     v_sleep := least(v_sleep, v_next.at - clock_timestamp());
   end if;
   if not v_subscription.paused and v_next.blocked then
-    v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
+    v_sleep := least(v_sleep, greatest(interval '10 ms', v_waited / 2));
   end if;
   return greatest(v_sleep, interval '0 s');
 end $$;
@@ -215,13 +227,16 @@ return concat_ws(
   floor((extract(epoch from clock_timestamp()) + pg_backend_pid() % 60) / 60)
 );
 
-create function pgqueue.await(subscription text, poll interval default '1 s') returns interval
+create function pgqueue.await(
+  subscription text, poll interval default '1 s', linger interval default null
+) returns interval
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- before the transaction has an id: see settled()
   v_seen text := case when pg_current_xact_id_if_assigned() is null then pgqueue.numbers_drawn() else '' end;
+  v_subscription pgqueue.subscriptions;
 begin
   if current_setting('pgqueue.idle', true) = v_seen || ' ' || subscription
     and current_setting('transaction_isolation') = 'read committed'
@@ -229,11 +244,20 @@ begin
   then
     return poll;
   end if;
-  return pgqueue.look_and_wait(subscription, poll, v_seen);
+  if linger is not null then
+    perform pgqueue.require_duration('linger', linger, true);
+    v_subscription := pgqueue.subscription_named(subscription);
+    if linger > interval '0 s' and pgqueue.lingers(v_subscription.subscription_id) then
+      return least(linger, interval '0.1 s');
+    end if;
+  end if;
+  return pgqueue.look_and_wait(subscription, poll, v_seen, linger is not null);
 end $$;
 
-comment on function pgqueue.await(text, interval) is
-  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.';
+comment on function pgqueue.await(text, interval, interval) is
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
+
+linger, for one of many consumers: what is published from the call on that registers it is left to whoever is notified, up to the next call. And above zero, for who has just found messages: if others wait, and fewer than four do so already, the session is not registered; it is to call receive or await again after so long, at most 0.1 s, and publishers rely on that. A NOTIFY wakes every session of the database that LISTENs.';
 
 create function pgqueue.stop_awaiting(subscription text) returns void
 language plpgsql security definer
@@ -241,12 +265,12 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_subscription pgqueue.subscriptions := pgqueue.subscription_named(subscription);
-  v_had_id boolean := pg_current_xact_id_if_assigned() is not null;
 begin
-  perform pgqueue.stop_waiting(v_subscription.subscription_id);
-  -- who notified us, or is about to, did not notify another
-  perform pg_current_xact_id();
-  perform pgqueue.wake_next(v_subscription.subscription_id, v_had_id);
+  -- who notified us, or left something to us, did not notify another
+  perform pgqueue.wake_next(
+    v_subscription.subscription_id, pgqueue.stop_waiting(v_subscription.subscription_id)
+  );
+  perform pgqueue.set_not_waiting(v_subscription.subscription_id, false);
 end $$;
 
 comment on function pgqueue.stop_awaiting(text) is

@@ -224,12 +224,13 @@ def test_looks_who_is_in_flight_before_it_looks_for_messages_and_after_registeri
     database: Database, consumer: Connection, other: Connection, subscription: str
 ) -> None:
     gate, publisher = database.connect(autocommit=True), database.connect(autocommit=True)
-    gate.execute("alter function pgqueue.others_in_flight(int, bigint) rename to others")
+    assert receive(consumer, subscription) == []
+    gate.execute("alter function pgqueue.someone_wakes(int) rename to others_wake")
     gate.execute(
-        "create function pgqueue.others_in_flight(subscription_id int, since_id bigint)"
+        "create function pgqueue.someone_wakes(subscription_id int)"
         " returns boolean language plpgsql as $$ begin"
         " perform pg_advisory_lock_shared(1);"
-        " return pgqueue.others(subscription_id, since_id); end $$"
+        " return pgqueue.others_wake(subscription_id); end $$"
     )
     gate.execute("select pg_advisory_lock(1)")
     publish(other)

@@ -80,6 +80,7 @@ def refused(connection: Connection, sqlstate: str, hint: bool = True) -> Iterato
         "fetch_pending(%s)",
         "mark_delivered(%s, '{1}')",
         "receive(%s)",
+        "receive_or_await(%s)",
         "await(%s)",
         "channel(%s)",
     ],

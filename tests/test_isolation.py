@@ -17,6 +17,7 @@ pytestmark = pytest.mark.one_backend
     "call",
     [
         "receive('s')",
+        "receive_or_await('s')",
         "receive('ordered')",
         "fetch_pending('s')",
         "mark_delivered('s', '{3}')",

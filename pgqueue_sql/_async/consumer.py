@@ -109,8 +109,10 @@ class AsyncConsumer(Generic[T]):
             messages = await self.shield.run(self._fetch)
             if messages:
                 await self._slots.run(self._handle_receipt, messages)
-            elif not self._stopping:
+            else:
                 await self.shield.run(self._source.wait)
+        # stopped it does not, but lets another be woken while handlers run on
+        await self.shield.run(self._source.wait)
         await self._slots.join()
         await self.shield.run(self._acks.send)
 

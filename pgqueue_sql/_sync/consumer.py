@@ -110,8 +110,10 @@ class Consumer(Generic[T]):
             messages = self.shield.run(self._fetch)
             if messages:
                 self._slots.run(self._handle_receipt, messages)
-            elif not self._stopping:
+            else:
                 self.shield.run(self._source.wait)
+        # stopped it does not, but lets another be woken while handlers run on
+        self.shield.run(self._source.wait)
         self._slots.join()
         self.shield.run(self._acks.send)
 

@@ -120,19 +120,37 @@ def in_threads(work: Callable[[], None], number: int, started: Event) -> None:
 
 
 def _handle(dsn: str, number: int, started: Event, records: Records) -> None:
-    async def handle(messages: list[pgqueue_sql.AsyncMessage[Any]]) -> None:
-        now = time.monotonic()
-        records.extend((message.payload, now) for message in messages)
+    cold, all_are_warm = number, asyncio.Event()
 
-    async def consume() -> None:
+    async def consume(subscription: pgqueue_sql.AsyncSubscription) -> None:
+        is_warm = False
+
+        async def handle(messages: list[pgqueue_sql.AsyncMessage[Any]]) -> None:
+            nonlocal is_warm, cold
+            now = time.monotonic()
+            if is_warm:
+                records.extend((message.payload, now) for message in messages)
+            else:
+                # no other one until each had its first, which takes a session longer
+                is_warm = True
+                cold -= 1
+                await all_are_warm.wait()
+
+        await subscription.consume(handle, batch=BATCH)
+
+    async def consume_all() -> None:
         async with await pgqueue_sql.AsyncQueue.connect(dsn) as queue:
             subscription = queue.subscription("s")
-            asyncio.get_running_loop().call_later(1, started.set)
-            await asyncio.gather(
-                *[subscription.consume(handle, batch=BATCH) for _ in range(number)]
-            )
+            consumers = [asyncio.create_task(consume(subscription)) for _ in range(number)]
+            while cold:
+                await queue.publish("t", -1)
+                await asyncio.sleep(0.01)
+            all_are_warm.set()
+            await asyncio.sleep(1)
+            started.set()
+            await asyncio.gather(*consumers)
 
-    asyncio.run(consume())
+    asyncio.run(consume_all())
 
 
 def _hop(dsn: str, number: int, started: Event, records: Records) -> None:

@@ -24,11 +24,6 @@ SETTLE_SECONDS = 1.0
 PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
 ANNOUNCE = "insert into announced (topic, payload) values ('t', to_jsonb(%s::int))"
 
-WARM_UP = (
-    "select count(*) from pgqueue.publish_batch('t', array_fill('-1'::jsonb, array[{messages}]))"
-)
-WARMING = 10
-
 Handling = Callable[[Database, int], AbstractContextManager[consumers.Records]]
 
 # What keeps the queue busy: another topic of the same database, 1,000 msg/s.
@@ -100,10 +95,6 @@ def _turn(
             handle(database, number) as handled,
         ):
             time.sleep(SETTLE_SECONDS)
-            if database is queue:
-                # a session's first message takes it longer, for plans and caches
-                database.execute(WARM_UP.format(messages=WARMING * number))
-                time.sleep(SETTLE_SECONDS)
             committed = _publish(database, publish, rate, scale.turn_seconds)
             time.sleep(SETTLE_SECONDS)
         # a raw listener reads some of the messages again
@@ -129,10 +120,14 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
     """Publish new numbers at a steady rate; when each publish's commit had returned."""
     committed: dict[int, float] = {}
     base = next(_bases)
-    start = time.monotonic()
+    # a session's first statement takes it longer, for plans and caches
+    warm = threading.Barrier(CONNECTIONS)
 
     def publish(first: int) -> None:
         with database.connect() as connection:
+            connection.execute(query.encode(), [-1], prepare=True)
+            warm.wait()
+            start = time.monotonic()
             for number in range(first, int(rate * seconds), CONNECTIONS):
                 time.sleep(max(0.0, start + number / rate - time.monotonic()))
                 connection.execute(query.encode(), [base + number], prepare=True)
