@@ -27,6 +27,15 @@ delete from announced where ctid = any (array(
   select ctid from announced order by message_id limit {BATCH} for update skip locked
 )) returning message_id, payload
 """
+# The same with the row of a lease.
+TAKE = f"""
+with taken as (
+  {FETCH}
+), lease as (
+  insert into leases (message_ids) select array_agg(message_id) from taken
+)
+select message_id, payload from taken
+"""
 # What a listener reads that keeps what it has read: again some of the last, which others may have
 # committed in the meantime.
 READ = "select message_id, payload from announced where message_id > %s - 20 order by message_id"
@@ -52,8 +61,16 @@ def handling(database: Database, consumers: int) -> AbstractContextManager[Recor
 
 
 def hopping(database: Database, consumers: int) -> AbstractContextManager[Records]:
-    """Run a listener: one SELECT for a notification; records (payload, monotonic time)."""
+    """Run a listener: one SELECT for a notification; records (payload, monotonic time).
+
+    Besides it so many less one that listen to another channel.
+    """
     return running(_hop, database, consumers)
+
+
+def taking(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run a listener that takes what it is notified of: a lease written, the row deleted."""
+    return running(_take, database, consumers)
 
 
 Work = Callable[[str, int, Event, Records], None]
@@ -154,10 +171,13 @@ def _handle(dsn: str, number: int, started: Event, records: Records) -> None:
 
 
 def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
+    others = [psycopg.connect(dsn, autocommit=True) for _ in range(number - 1)]
+    for other in others:
+        other.execute("listen other")
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("listen bare")
-        started.set()
         ((last,),) = connection.execute("select coalesce(max(message_id), 0) from announced")
+        started.set()
         while True:
             for _ in connection.notifies(timeout=1, stop_after=1):
                 pass
@@ -166,3 +186,18 @@ def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
             for message_id, payload in rows:
                 last = max(last, message_id)
                 records.append((payload, now))
+
+
+def _take(dsn: str, number: int, started: Event, records: Records) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        # as pgqueue's receive, where nothing is acked
+        connection.execute("set synchronous_commit = off")
+        connection.execute("listen bare")
+        connection.execute(TAKE)
+        started.set()
+        while True:
+            for _ in connection.notifies(timeout=1, stop_after=1):
+                pass
+            rows = connection.execute(TAKE).fetchall()
+            now = time.monotonic()
+            records.extend((payload, now) for _, payload in rows)

@@ -18,6 +18,8 @@ from .servers import Database, Lab
 CONNECTIONS = 8
 CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
+TAKING = "a hop that takes the message"
+LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
 
@@ -52,7 +54,9 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             queue.execute("select pgqueue.subscribe('s', 't')")
             queue.execute("select pgqueue.subscribe('other', 'other')")
             turns: dict[str, Turn] = {
-                "raw hop": _turn(bare, consumers.hopping, queue, rate, 1, busy, scale)
+                "raw hop": _turn(bare, consumers.hopping, queue, rate, 1, busy, scale),
+                TAKING: _turn(bare, consumers.taking, queue, rate, 1, busy, scale),
+                LISTENING: _turn(bare, consumers.hopping, queue, rate, CONSUMERS[-1], busy, scale),
             }
             turns |= {
                 f"pgqueue, {number} waiting": _turn(
@@ -62,7 +66,14 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             }
             title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
             contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
-        for name in list(turns)[1:]:
+        ratio = contest.ratio(TAKING, "raw hop")
+        report.figure(f"limit of the median: {TAKING} / raw hop: {ratio:.2f}")
+        report.figure(
+            f"limit with {CONSUMERS[-1]} waiting, if each message had its NOTIFY: median"
+            f" {contest.ratio(LISTENING, 'raw hop'):.2f} raw hops,"
+            f" p99 {contest.median(LISTENING, 'p99 ms'):.1f} ms"
+        )
+        for name in (name for name in turns if name.startswith("pgqueue")):
             text = f"{title}, {name}"
             ratio = contest.ratio(name, "raw hop")
             report.target(5, f"{text}, median / raw hop", ratio, at_most=1.5)
