@@ -160,7 +160,7 @@ begin
   if patient
     and (v_clear_since is null or pgqueue.someone_lingers(v_subscription.subscription_id))
   then
-    v_looks_up_to := split_part(v_registered, ' ', 6);
+    v_looks_up_to := split_part(v_registered, ' ', 6)::bigint;
   end if;
   v_last_id := pgqueue.last_id();
   v_event := pgqueue.next_event(v_subscription.subscription_id, v_looks_up_to);
@@ -224,7 +224,7 @@ language sql volatile
 return concat_ws(
   '/', pgqueue.last_id(), pgqueue.last_receipt(),
   coalesce(pg_sequence_last_value('pgqueue.awakenings'), 0),
-  floor((extract(epoch from clock_timestamp()) + pg_backend_pid() % 60) / 60)
+  floor((date_part('epoch', clock_timestamp()) + pg_backend_pid() % 60) / 60)
 );
 
 create function pgqueue.await(
@@ -236,7 +236,6 @@ as $$
 declare
   -- before the transaction has an id: see settled()
   v_seen text := case when pg_current_xact_id_if_assigned() is null then pgqueue.numbers_drawn() else '' end;
-  v_subscription pgqueue.subscriptions;
 begin
   if current_setting('pgqueue.idle', true) = v_seen || ' ' || subscription
     and current_setting('transaction_isolation') = 'read committed'
@@ -246,8 +245,9 @@ begin
   end if;
   if linger is not null then
     perform pgqueue.require_duration('linger', linger, true);
-    v_subscription := pgqueue.subscription_named(subscription);
-    if linger > interval '0 s' and pgqueue.lingers(v_subscription.subscription_id) then
+    if linger > interval '0 s' and pgqueue.lingers(
+      (pgqueue.subscription_named(subscription)).subscription_id
+    ) then
       return least(linger, interval '0.1 s');
     end if;
   end if;

@@ -23,12 +23,14 @@ RECONNECT_PAUSE_SECONDS = 5.0
 
 # An idle consumer is no idle session; receive needs READ COMMITTED; psycopg reads ISO dates. And
 # a lease that a handler acked in a transaction that it left open must not be waited for for ever.
+# Its few statements are planned once.
 # The keepalives are the server's: it ends a session, and with it the leases, whose client is gone.
 SETTINGS = """
     set idle_session_timeout = 0;
     set default_transaction_isolation = 'read committed';
     set datestyle = 'ISO';
     set lock_timeout = '5s';
+    set plan_cache_mode = force_generic_plan;
     set tcp_keepalives_idle = 10;
     set tcp_keepalives_interval = 5;
     set tcp_keepalives_count = 3;
@@ -125,6 +127,7 @@ class AsyncSession:
             # a pooler tells clients a pid of its own making; its sessions are not ours to set up
             if pid == connection.info.backend_pid:
                 await connection.execute(SETTINGS)
+                connection.prepare_threshold = 0
                 cursor = await connection.execute(
                     "select pgqueue.attach(), pgqueue.take_seat(%s)", (self._subscription,)
                 )

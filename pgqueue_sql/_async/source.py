@@ -14,7 +14,7 @@ from .message import AsyncMessage, AsyncSettler
 from .runtime import Waker
 from .session import AsyncSession, Connect
 
-ASYNC_COMMIT = "(select set_config('synchronous_commit', 'off', true)) as setting, "
+ASYNC_COMMIT = "set_config('synchronous_commit', 'off', true)"
 
 # After messages a consumer looks again so often, after so long each time, rather than have itself
 # notified: where others wait, and a NOTIFY wakes them all. (Each process that wakes up costs some
@@ -130,7 +130,7 @@ class AsyncSQLSource:
             # Where nothing is acked a commit that a crash of the server loses is as if the consumer
             # had not asked yet: no message waits for the disk on its way to the handler.
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt,"
-            f" {sleep} from {'' if acked else ASYNC_COMMIT}"
+            f" {sleep} from {'' if acked else f'{ASYNC_COMMIT}, '}"
             f"pgqueue.{function}({', '.join(['%s'] * len(arguments))})",
             arguments,
             settles=acked[0].session if acked else None,
@@ -148,9 +148,9 @@ class AsyncSQLSource:
                 break
             self._waker.forget()
             try:
-                ((sleep,),) = await self._session.execute(
-                    "select extract(epoch from sleep)::float8"
-                    f" from {ASYNC_COMMIT}pgqueue.await(%s, %s, '0 s') sleep",
+                ((sleep, _),) = await self._session.execute(
+                    "select extract(epoch from pgqueue.await(%s, %s, '0 s'))::float8, "
+                    + ASYNC_COMMIT,
                     (self._subscription, seconds(self._poll)),
                 )
             except psycopg.OperationalError:

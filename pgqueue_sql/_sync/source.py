@@ -15,7 +15,7 @@ from .message import Message, Settler
 from .runtime import Waker
 from .session import Connect, Session
 
-ASYNC_COMMIT = "(select set_config('synchronous_commit', 'off', true)) as setting, "
+ASYNC_COMMIT = "set_config('synchronous_commit', 'off', true)"
 
 # After messages a consumer looks again so often, after so long each time, rather than have itself
 # notified: where others wait, and a NOTIFY wakes them all. (Each process that wakes up costs some
@@ -129,7 +129,7 @@ class SQLSource:
             # Where nothing is acked a commit that a crash of the server loses is as if the consumer
             # had not asked yet: no message waits for the disk on its way to the handler.
             "select message_id, topic, key, headers, payload, published_at, deliveries, receipt,"
-            f" {sleep} from {'' if acked else ASYNC_COMMIT}"
+            f" {sleep} from {'' if acked else f'{ASYNC_COMMIT}, '}"
             f"pgqueue.{function}({', '.join(['%s'] * len(arguments))})",
             arguments,
             settles=acked[0].session if acked else None,
@@ -147,9 +147,9 @@ class SQLSource:
                 break
             self._waker.forget()
             try:
-                ((sleep,),) = self._session.execute(
-                    "select extract(epoch from sleep)::float8"
-                    f" from {ASYNC_COMMIT}pgqueue.await(%s, %s, '0 s') sleep",
+                ((sleep, _),) = self._session.execute(
+                    "select extract(epoch from pgqueue.await(%s, %s, '0 s'))::float8, "
+                    + ASYNC_COMMIT,
                     (self._subscription, seconds(self._poll)),
                 )
             except psycopg.OperationalError:
