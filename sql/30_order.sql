@@ -134,6 +134,7 @@ begin
   while not pgqueue.lock_receipt_floor(v_floor) loop
     v_floor := v_floor - 1;
   end loop;
+  perform set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true);
   return nextval('pgqueue.receipts');
 end $$;
 

@@ -227,11 +227,25 @@ def test_a_lease_that_commits_late_is_taken_back_like_any_other(
     assert payloads(receive(connection, "s")) == ([1] if with_floors else [])
 
 
-def test_receives_in_one_transaction_hold_one_lock(database: Database) -> None:
-    connection = database.connect()
+@pytest.mark.parametrize("squatted_on", [False, True])
+def test_receives_in_one_transaction_hold_one_lock(database: Database, squatted_on: bool) -> None:
+    connection = database.connect(autocommit=True)
     subscribe(connection, "s")
     publish(connection, 5)
-    for _ in range(5):
-        receive(connection, "s")
-    locks = "select count(*) from pg_locks where classid = pgqueue.receipt_floor_locks()::oid"
-    assert one(connection, locks) == 1
+    receive(connection, "s")
+    if squatted_on:
+        database.connect(autocommit=True).execute(
+            "select pg_advisory_lock(pgqueue.receipt_floor_locks(), pgqueue.floor_key(receipt))"
+            " from generate_series(1, 10) receipt"
+        )
+    with connection.transaction():
+        for _ in range(4):
+            assert len(receive(connection, "s")) == 1
+        assert (
+            one(
+                connection,
+                "select count(*) from pg_locks where pid = pg_backend_pid()"
+                " and classid = pgqueue.receipt_floor_locks()::oid",
+            )
+            == 1
+        )
