@@ -38,11 +38,18 @@ language sql immutable parallel safe
 return ((subscription_id & 67108863) - 33554432) * 32 + seat;
 
 -- And a commit with a NOTIFY in it wakes every session of the database that
--- LISTENs, to whatever. A consumer that finds messages every few milliseconds
--- therefore lingers rather than waits: it holds one of these locks of the
--- subscription, in the same manner, and looks again by itself.
+-- LISTENs, to whatever. A consumer that has just found messages therefore lingers
+-- rather than waits: it holds one of the subscription's lingering locks, in the
+-- same manner, and looks again by itself. The lock's key has the time in it, by
+-- slots of 0.2 s: one who is stuck is not relied on for long.
 create function pgqueue.lingerers() returns int
 language sql immutable parallel safe return 4;
+create function pgqueue.lingering_slot() returns int
+language sql volatile
+return floor(date_part('epoch', clock_timestamp()) * 5)::bigint & 7;
+create function pgqueue.lingering_key(subscription_id int, slot int, lingerer int) returns int
+language sql immutable parallel safe
+return pgqueue.seat_key(subscription_id, (slot & 7) * 4 + lingerer);
 
 create function pgqueue.is_held(classid int, key int) returns boolean
 language sql volatile
@@ -51,11 +58,17 @@ return not (pg_try_advisory_lock_shared(classid, key) and pg_advisory_unlock_sha
 create function pgqueue.someone_lingers(subscription_id int) returns boolean
 language plpgsql
 as $$
+declare
+  v_slot int := pgqueue.lingering_slot();
 begin
-  for lingerer in 0..pgqueue.lingerers() - 1 loop
-    if pgqueue.is_held(pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, lingerer)) then
-      return true;
-    end if;
+  for slot in v_slot - 1..v_slot loop
+    for lingerer in 0..pgqueue.lingerers() - 1 loop
+      if pgqueue.is_held(
+        pgqueue.lingering_locks(), pgqueue.lingering_key(subscription_id, slot, lingerer)
+      ) then
+        return true;
+      end if;
+    end loop;
   end loop;
   return false;
 end $$;
@@ -66,7 +79,7 @@ end $$;
 -- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
 -- that a stuck listener let run full, where it would fail the publisher: the
 -- consumers' polling finds the message then.
-create function pgqueue.notify(subscription_id int) returns void
+create function pgqueue.notify(subscription_id int, everybody boolean) returns void
 language plpgsql
 as $$
 declare
@@ -81,7 +94,10 @@ begin
   then
     return;
   end if;
-  if pgqueue.someone_lingers(subscription_id) then
+  if everybody then
+    perform pg_notify(v_channel, '');
+    return;
+  elsif pgqueue.someone_lingers(subscription_id) then
     return;
   end if;
   for i in 1..pgqueue.seats() loop
@@ -94,34 +110,43 @@ begin
   perform pg_notify(v_channel, '');
 end $$;
 
--- wake() when it seems that somebody waits. The second try tells a consumer from
--- another publisher that looked at the same moment.
-create function pgqueue.wake_waiting(subscription_id int) returns boolean
+-- wake() when it is not clear that nobody waits. The second tries tell consumers from
+-- other publishers that looked at the same moment. Who cannot get the waking lock
+-- (somebody may look at it, time and again, or squat on it) is not seen by one that
+-- begins to wait now, and notifies whoever LISTENs.
+create function pgqueue.wake_waiting(subscription_id int, announced boolean) returns boolean
 language plpgsql
 as $$
 begin
-  if not (
+  for try in 1..100 loop
+    exit when announced;
+    announced := pg_try_advisory_xact_lock_shared(
+      pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
+    );
+  end loop;
+  if not announced or not (
     pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
   ) then
-    perform pgqueue.notify(subscription_id);
+    perform pgqueue.notify(subscription_id, not announced);
   end if;
   return true;
 end $$;
 
 -- Notifies the consumers of the subscription if one waits and none will look
 -- anyway. True in any case, to stand in a WHERE: as a part of the fan-out it costs
--- a fraction of a query. Who squats on the first lock keeps those who wait polling.
+-- a fraction of a query.
 create function pgqueue.wake(subscription_id int) returns boolean
 language sql volatile
-return pg_try_advisory_xact_lock_shared(
+return case
+  when pg_try_advisory_xact_lock_shared(
     pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
-  ) is not null
-  and (
+  ) then
     pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
     and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
-    or pgqueue.wake_waiting(subscription_id)
-  );
+    or pgqueue.wake_waiting(subscription_id, true)
+  else pgqueue.wake_waiting(subscription_id, false)
+end;
 
 -- By a consumer that was woken in its seat, or lingered, and took messages: wakes
 -- the next one if there is more, or may be: somebody in flight may have found this

@@ -81,17 +81,18 @@ as $$
 declare
   v_setting text := pgqueue.waiting_setting(subscription_id);
   v_registered text := current_setting(v_setting, true);
+  v_is_current boolean := pgqueue.is_current(v_registered);
   v_place text := split_part(v_registered, ' ', 4);
   v_found boolean;
 begin
-  if pgqueue.is_current(v_registered) is not true then
+  -- before the locks: if the call is cut off among them, the setting does not pass for current
+  perform nextval('pgqueue.awakenings');
+  if v_is_current is not true then
     perform case when h.is_shared then pg_advisory_unlock_shared(h.classid, h.key)
       else pg_advisory_unlock(h.classid, h.key) end
     from pgqueue.waiting_locks_held(subscription_id) h;
   elsif v_registered like 'lingers %' then
-    perform pg_advisory_unlock(
-      pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, v_place::int)
-    );
+    perform pg_advisory_unlock(pgqueue.lingering_locks(), v_place::int);
   elsif v_registered not like 'no %' then
     perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
     if v_place <> '-' then
@@ -121,6 +122,8 @@ as $$
 declare
   v_registered text := current_setting(pgqueue.waiting_setting(subscription_id), true);
   v_awakening bigint;
+  v_slot int := pgqueue.lingering_slot();
+  v_key int;
 begin
   if (v_registered like 'lingers %' or v_registered like 'no %') is not true
     or not pgqueue.is_current(v_registered)
@@ -130,17 +133,19 @@ begin
     return false;
   elsif v_registered like 'lingers %' then
     perform pgqueue.stop_waiting(subscription_id);
+    v_registered := current_setting(pgqueue.waiting_setting(subscription_id));
   end if;
+  v_awakening := nextval('pgqueue.awakenings');
   for lingerer in 0..pgqueue.lingerers() - 1 loop
-    v_awakening := nextval('pgqueue.awakenings');
-    if pg_try_advisory_lock(pgqueue.lingering_locks(), pgqueue.seat_key(subscription_id, lingerer)) then
+    v_key := pgqueue.lingering_key(subscription_id, v_slot, lingerer);
+    if pg_try_advisory_lock(pgqueue.lingering_locks(), v_key) then
       perform set_config(
-        pgqueue.waiting_setting(subscription_id),
-        format('lingers - %s %s', v_awakening, lingerer), false
+        pgqueue.waiting_setting(subscription_id), format('lingers - %s %s', v_awakening, v_key), false
       );
       return true;
     end if;
   end loop;
+  perform pgqueue.set_not_waiting(subscription_id, v_registered like 'no found %');
   return false;
 end $$;
 

@@ -158,7 +158,10 @@ begin
   -- whoever drew a number before had his id before: see settled()
   v_quiet := pg_current_xact_id() <= pg_snapshot_xmin(pg_current_snapshot()) and seen <> '';
   if patient
-    and (v_clear_since is null or pgqueue.someone_lingers(v_subscription.subscription_id))
+    and (
+      v_clear_since is null and v_waited < poll
+      or pgqueue.someone_lingers(v_subscription.subscription_id)
+    )
   then
     v_looks_up_to := split_part(v_registered, ' ', 6)::bigint;
   end if;

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import psycopg
 import pytest
 
+from pgqueue_sql import Message
 from tests.calls import await_seconds, put
-from tests.helpers import Connection, one, payloads, publish, receive, subscribe
+from tests.consuming import LONG_POLL, consumer_sleeps, consuming, open_queue, wait_until
+from tests.helpers import PATIENCE_SECONDS, Connection, one, payloads, publish, receive, subscribe
 from tests.servers import Database
 from tests.test_seats import heard, seated
 
@@ -119,6 +124,16 @@ def test_who_dies_lingering_is_not_relied_on(database: Database, connection: Con
     assert heard([waiter]) == [waiter]
 
 
+def test_who_is_stuck_lingering_is_not_relied_on_for_long(
+    database: Database, connection: Connection
+) -> None:
+    (waiter,) = seated(database, 1)
+    lingering(database)
+    time.sleep(0.5)
+    publish(connection)
+    assert heard([waiter]) == [waiter]
+
+
 def test_no_longer_than_a_tenth_of_a_second(database: Database, connection: Connection) -> None:
     seated(database, 1)
     assert linger(lingering(database), "1 min") == 0.1
@@ -170,6 +185,59 @@ def test_what_is_published_after_it_began_to_wait_is_left_to_who_was_notified(
     assert linger(consumer, "0 s") == 0
 
 
+def test_with_somebody_in_flight_for_long_a_poll_finds_what_was_left_to_nobody(
+    database: Database, connection: Connection
+) -> None:
+    publish(database.connect())
+    consumer = database.connect(autocommit=True)
+    call = "select pgqueue.await('s', '0.3 s', '0 s') = '0 s'"
+    assert not one(consumer, call)
+    connection.execute("set pgqueue.notify = off")
+    publish(connection)
+    assert not one(consumer, call)
+    time.sleep(0.3)
+    assert one(consumer, call)
+
+
+def test_publisher_that_cannot_be_seen_notifies_whoever_listens(
+    database: Database, connection: Connection
+) -> None:
+    """It could not get the lock, and nobody was waiting when it looked."""
+    consumer = database.connect(autocommit=True)
+    consumer.execute(f"listen {one(consumer, 'select pgqueue.channel(%s)', 's')}")
+    looker = database.connect()
+    looker.execute(
+        "select pg_advisory_xact_lock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))"
+        " from pgqueue.subscriptions"
+    )
+    publisher = database.connect()
+    publish(publisher)
+    looker.commit()
+    assert await_seconds(consumer) == POLL_SECONDS
+    publisher.commit()
+    assert heard([consumer]) == [consumer]
+
+
+def test_who_was_cut_off_when_it_stopped_waiting_registers_again(
+    database: Database, connection: Connection
+) -> None:
+    (waiter,) = seated(database, 1)
+    connection.execute("alter function pgqueue.someone_wakes(int) rename to wakes")
+    connection.execute(
+        "create function pgqueue.someone_wakes(subscription_id int) returns boolean"
+        " language plpgsql as $$ begin perform pg_sleep(60); return true; end $$"
+    )
+    waiter.execute("set statement_timeout = '0.1 s'")
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        receive(waiter, "s")
+    waiter.execute("reset statement_timeout")
+    connection.execute("drop function pgqueue.someone_wakes(int)")
+    connection.execute("alter function pgqueue.wakes(int) rename to someone_wakes")
+    assert await_seconds(waiter) == POLL_SECONDS
+    publish(connection)
+    assert heard([waiter]) == [waiter]
+
+
 def test_poll_finds_what_was_left_to_nobody(database: Database, connection: Connection) -> None:
     consumer = database.connect(autocommit=True)
     assert linger(consumer, "0 s") == POLL_SECONDS
@@ -215,3 +283,46 @@ def test_receive_or_await_does_the_one_or_the_other(
         f"{call}('s', ack_receipt => %s, poll => '1 min')", [last[1]]
     ).fetchall() == [(None, None, 60)]
     assert one(connection, "select count(*) from pgqueue.leases") == 0
+
+
+def test_consumer_beside_a_publisher_in_flight_polls_ever_less(
+    database: Database, connection: Connection
+) -> None:
+    publish(database.connect())
+    awakenings = "select last_value from pgqueue.awakenings"
+    with consuming(open_queue(database).subscription("s"), lambda message: None, poll=LONG_POLL):
+        wait_until(lambda: consumer_sleeps(connection), "the consumer to wait")
+        before = one(connection, awakenings)
+        time.sleep(1)
+        assert one(connection, awakenings) - before < 10
+
+
+def test_consumer_does_not_linger_while_its_handlers_run(
+    database: Database, connection: Connection
+) -> None:
+    seated(database, 1)
+    working, finish = threading.Event(), threading.Event()
+
+    def handle(message: Message[int]) -> None:
+        working.set()
+        assert finish.wait(PATIENCE_SECONDS)
+
+    held = "select count(*) from pg_locks where classid = pgqueue.lingering_locks()::oid"
+    subscription = open_queue(database).subscription("s")
+    with consuming(subscription, handle, concurrency=2, poll=LONG_POLL):
+        publish(connection)
+        assert working.wait(PATIENCE_SECONDS)
+        for _ in range(100):
+            assert one(connection, held) == 0
+        finish.set()
+
+
+def test_consumer_that_does_not_listen_stops_at_once(
+    database: Database, connection: Connection
+) -> None:
+    began = time.monotonic()
+    with consuming(
+        open_queue(database).subscription("s"), lambda message: None, listen=False, poll=60
+    ):
+        time.sleep(0.5)
+    assert time.monotonic() - began < 30

@@ -102,19 +102,25 @@ class AsyncConsumer(Generic[T]):
         await self._source.subscribe()
         await self._source.listen()
         self._heartbeat.start()
-        while not self._stopping:
-            await self._slots.wait_for_one()
-            if self._stopping:
-                break
-            messages = await self.shield.run(self._fetch)
-            if messages:
-                await self._slots.run(self._handle_receipt, messages)
-            else:
-                await self.shield.run(self._source.wait)
-        # stopped it does not, but lets another be woken while handlers run on
-        await self.shield.run(self._source.wait)
+        try:
+            while not self._stopping:
+                await self._slots.wait_for_one()
+                if self._stopping:
+                    break
+                messages = await self.shield.run(self._fetch)
+                if messages:
+                    await self._slots.run(self._handle_receipt, messages)
+                elif not self._stopping:
+                    await self.shield.run(self._source.wait)
+        finally:
+            await self.shield.run(self._leave)
         await self._slots.join()
         await self.shield.run(self._acks.send)
+
+    async def _leave(self) -> None:
+        leave = getattr(self._source, "leave", None)
+        if leave is not None:
+            await leave()
 
     async def _fetch(self) -> Messages:
         asked = time.monotonic()

@@ -53,7 +53,8 @@ class Waker:
         try:
             await asyncio.wait_for(self._woken.wait(), seconds)
         except asyncio.TimeoutError:
-            return False
+            if not self._woken.is_set():
+                return False
         finally:
             if reader is not None:
                 self._loop.remove_reader(reader)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import psycopg
 
 from .._sql import call, seconds
-from ..errors import UnknownSubscription
+from ..errors import PgQueueError
 from .message import AsyncMessage, AsyncSettler
 from .runtime import Waker
 from .session import AsyncSession, Connect
@@ -31,7 +31,8 @@ class AsyncSource(AsyncSettler, Protocol):
 
     `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
     settles through the methods of AsyncSettler; `close` comes last. `lease` is for how many seconds
-    messages are the consumer's; it calls `extend` in time, if its handler takes long.
+    messages are the consumer's; it calls `extend` in time, if its handler takes long. `leave`, if
+    there is such a method, it calls when it fetches no more, but handlers may run on.
     """
 
     lease: float
@@ -80,9 +81,13 @@ class AsyncSQLSource:
         self._poll = poll
         self._listen = listen
         self._waker = Waker()
-        # what await said to our last call, unless that found something
-        self._sleep: float | None = None
+        # how long to sleep, as await said, and whether others may rely on us to look then
+        self._sleep = 0.0
+        self._may_linger = False
         self._lingers = 0
+        # until receive returns something we may be registered as waiting
+        self._waits = False
+        self._unsettled: list[AsyncMessage[Any]] = []
         self._session = AsyncSession(connect, subscription, self._waker, listen=listen)
 
     async def subscribe(self) -> None:
@@ -102,13 +107,15 @@ class AsyncSQLSource:
             if self._session.stopped and not acked:
                 return []  # stopped while the server was away
             raise
-        self._sleep = None
         if not rows or rows[0][-1] is not None:
-            self._sleep = rows[0][-1] if rows else None
+            self._sleep = rows[0][-1] if rows else 0.0
             self._lingers = max(0, self._lingers - 1)
             return []
+        self._waits = False
         self._lingers = LINGERS
-        return [AsyncMessage(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
+        messages = [AsyncMessage(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
+        self._unsettled += messages
+        return messages
 
     async def _receive(
         self, max_messages: int, acked: Sequence[AsyncMessage[Any]]
@@ -123,7 +130,14 @@ class AsyncSQLSource:
         function, sleep = "receive", "null"
         if self._listen:
             function, sleep = "receive_or_await", "extract(epoch from sleep)::float8"
-            arguments += [seconds(self._poll), seconds(LINGER_SECONDS if self._lingers else 0)]
+            # not while handlers, or their acks, may keep us from looking in time; and a pooler's
+            # session may be anybody's by then
+            self._unsettled = [message for message in self._unsettled if not message.settled]
+            self._may_linger = (
+                self._lingers > 0 and not self._unsettled and self._session.owner is not None
+            )
+            arguments += [seconds(self._poll), seconds(LINGER_SECONDS if self._may_linger else 0)]
+            self._waits = True
             # what woke us so far is there to see for the statement that follows
             self._waker.forget()
         return await self._session.execute(
@@ -141,11 +155,11 @@ class AsyncSQLSource:
         if not self._listen:
             await self._waker.wait(min(self._poll, LONGEST_SLEEP_SECONDS))
             return
-        sleep = self._sleep or 0.0
+        sleep = self._sleep
         while sleep > 0 and not self._session.stopped:
             woken = await self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
-            if woken or sleep <= LINGER_SECONDS:
-                break
+            if woken or (self._may_linger and sleep <= LINGER_SECONDS):
+                return
             self._waker.forget()
             try:
                 ((sleep, _),) = await self._session.execute(
@@ -156,14 +170,12 @@ class AsyncSQLSource:
             except psycopg.OperationalError:
                 if not self._session.stopped:
                     raise
-        if self._session.stopped:
-            # handlers may run on for long: publishers should wake somebody else
-            await self._stop_awaiting()
 
-    async def _stop_awaiting(self) -> None:
-        if self._sleep is not None:
-            self._sleep = None
-            with suppress(psycopg.OperationalError, UnknownSubscription):
+    async def leave(self) -> None:
+        """Call pgqueue.stop_awaiting, for publishers to wake somebody else."""
+        if self._waits:
+            self._waits = False
+            with suppress(psycopg.Error, PgQueueError):
                 await self._session.execute(*call("stop_awaiting", self._subscription))
 
     def wake(self) -> None:
@@ -211,8 +223,7 @@ class AsyncSQLSource:
             await self._session.execute(*call("extend", messages[0].receipt, seconds(self.lease)))
 
     async def close(self) -> None:
-        """Close the connection, and let others be woken instead."""
-        await self._stop_awaiting()
+        """Close the connection."""
         self._waker.close()
         await self._session.close()
 

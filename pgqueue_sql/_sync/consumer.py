@@ -103,19 +103,25 @@ class Consumer(Generic[T]):
         self._source.subscribe()
         self._source.listen()
         self._heartbeat.start()
-        while not self._stopping:
-            self._slots.wait_for_one()
-            if self._stopping:
-                break
-            messages = self.shield.run(self._fetch)
-            if messages:
-                self._slots.run(self._handle_receipt, messages)
-            else:
-                self.shield.run(self._source.wait)
-        # stopped it does not, but lets another be woken while handlers run on
-        self.shield.run(self._source.wait)
+        try:
+            while not self._stopping:
+                self._slots.wait_for_one()
+                if self._stopping:
+                    break
+                messages = self.shield.run(self._fetch)
+                if messages:
+                    self._slots.run(self._handle_receipt, messages)
+                elif not self._stopping:
+                    self.shield.run(self._source.wait)
+        finally:
+            self.shield.run(self._leave)
         self._slots.join()
         self.shield.run(self._acks.send)
+
+    def _leave(self) -> None:
+        leave = getattr(self._source, "leave", None)
+        if leave is not None:
+            leave()
 
     def _fetch(self) -> Messages:
         asked = time.monotonic()

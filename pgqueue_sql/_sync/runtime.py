@@ -56,7 +56,8 @@ class Waker:
             if fileno is not None:
                 selector.register(fileno, selectors.EVENT_READ)
             woken = bool(selector.select(seconds))
-        self.forget()
+        if woken:
+            self.forget()
         return woken
 
     def close(self) -> None:

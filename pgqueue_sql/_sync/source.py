@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import psycopg
 
 from .._sql import call, seconds
-from ..errors import UnknownSubscription
+from ..errors import PgQueueError
 from .message import Message, Settler
 from .runtime import Waker
 from .session import Connect, Session
@@ -32,7 +32,8 @@ class Source(Settler, Protocol):
 
     `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
     settles through the methods of Settler; `close` comes last. `lease` is for how many seconds
-    messages are the consumer's; it calls `extend` in time, if its handler takes long.
+    messages are the consumer's; it calls `extend` in time, if its handler takes long. `leave`, if
+    there is such a method, it calls when it fetches no more, but handlers may run on.
     """
 
     lease: float
@@ -81,9 +82,13 @@ class SQLSource:
         self._poll = poll
         self._listen = listen
         self._waker = Waker()
-        # what await said to our last call, unless that found something
-        self._sleep: float | None = None
+        # how long to sleep, as await said, and whether others may rely on us to look then
+        self._sleep = 0.0
+        self._may_linger = False
         self._lingers = 0
+        # until receive returns something we may be registered as waiting
+        self._waits = False
+        self._unsettled: list[Message[Any]] = []
         self._session = Session(connect, subscription, self._waker, listen=listen)
 
     def subscribe(self) -> None:
@@ -103,13 +108,15 @@ class SQLSource:
             if self._session.stopped and not acked:
                 return []  # stopped while the server was away
             raise
-        self._sleep = None
         if not rows or rows[0][-1] is not None:
-            self._sleep = rows[0][-1] if rows else None
+            self._sleep = rows[0][-1] if rows else 0.0
             self._lingers = max(0, self._lingers - 1)
             return []
+        self._waits = False
         self._lingers = LINGERS
-        return [Message(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
+        messages = [Message(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
+        self._unsettled += messages
+        return messages
 
     def _receive(self, max_messages: int, acked: Sequence[Message[Any]]) -> list[tuple[Any, ...]]:
         arguments = [
@@ -122,7 +129,14 @@ class SQLSource:
         function, sleep = "receive", "null"
         if self._listen:
             function, sleep = "receive_or_await", "extract(epoch from sleep)::float8"
-            arguments += [seconds(self._poll), seconds(LINGER_SECONDS if self._lingers else 0)]
+            # not while handlers, or their acks, may keep us from looking in time; and a pooler's
+            # session may be anybody's by then
+            self._unsettled = [message for message in self._unsettled if not message.settled]
+            self._may_linger = (
+                self._lingers > 0 and not self._unsettled and self._session.owner is not None
+            )
+            arguments += [seconds(self._poll), seconds(LINGER_SECONDS if self._may_linger else 0)]
+            self._waits = True
             # what woke us so far is there to see for the statement that follows
             self._waker.forget()
         return self._session.execute(
@@ -140,11 +154,11 @@ class SQLSource:
         if not self._listen:
             self._waker.wait(min(self._poll, LONGEST_SLEEP_SECONDS))
             return
-        sleep = self._sleep or 0.0
+        sleep = self._sleep
         while sleep > 0 and not self._session.stopped:
             woken = self._session.sleep(min(sleep, LONGEST_SLEEP_SECONDS))
-            if woken or sleep <= LINGER_SECONDS:
-                break
+            if woken or (self._may_linger and sleep <= LINGER_SECONDS):
+                return
             self._waker.forget()
             try:
                 ((sleep, _),) = self._session.execute(
@@ -155,14 +169,12 @@ class SQLSource:
             except psycopg.OperationalError:
                 if not self._session.stopped:
                     raise
-        if self._session.stopped:
-            # handlers may run on for long: publishers should wake somebody else
-            self._stop_awaiting()
 
-    def _stop_awaiting(self) -> None:
-        if self._sleep is not None:
-            self._sleep = None
-            with suppress(psycopg.OperationalError, UnknownSubscription):
+    def leave(self) -> None:
+        """Call pgqueue.stop_awaiting, for publishers to wake somebody else."""
+        if self._waits:
+            self._waits = False
+            with suppress(psycopg.Error, PgQueueError):
                 self._session.execute(*call("stop_awaiting", self._subscription))
 
     def wake(self) -> None:
@@ -210,8 +222,7 @@ class SQLSource:
             self._session.execute(*call("extend", messages[0].receipt, seconds(self.lease)))
 
     def close(self) -> None:
-        """Close the connection, and let others be woken instead."""
-        self._stop_awaiting()
+        """Close the connection."""
         self._waker.close()
         self._session.close()
 
