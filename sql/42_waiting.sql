@@ -138,7 +138,9 @@ begin
   v_awakening := nextval('pgqueue.awakenings');
   for lingerer in 0..pgqueue.lingerers() - 1 loop
     v_key := pgqueue.lingering_key(subscription_id, v_slot, lingerer);
-    if pg_try_advisory_lock(pgqueue.lingering_locks(), v_key) then
+    if not pgqueue.is_held(
+      pgqueue.lingering_locks(), pgqueue.lingering_key(subscription_id, v_slot - 1, lingerer)
+    ) and pg_try_advisory_lock(pgqueue.lingering_locks(), v_key) then
       perform set_config(
         pgqueue.waiting_setting(subscription_id), format('lingers - %s %s', v_awakening, v_key), false
       );
