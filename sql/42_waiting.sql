@@ -51,7 +51,7 @@ begin
 end $$;
 
 comment on function pgqueue.take_seat(text) is
-  'Gives the session a seat in the subscription and returns the seat''s channel, to LISTEN on besides pgqueue.channel: of the sessions that wait in seats, one is notified at a time, and it wakes the next if there is more than it takes. NULL if all seats are taken: then pgqueue.channel alone does.';
+  'Gives the session a seat in the subscription and returns the seat''s channel, to LISTEN on besides pgqueue.channel: of the sessions that wait in seats, one is notified at a time, and it wakes the next if there is more than it takes. NULL if all seats are taken: then pgqueue.channel alone does. For sessions in autocommit: whom they wake hears of it when they commit.';
 
 -- What the session waits or lingers by, for when its setting does not tell.
 create function pgqueue.waiting_locks_held(subscription_id int)
