@@ -175,6 +175,8 @@ def test_consumers_of_several_subscriptions_do_not_wake_each_other(database: Dat
         consuming(other, lambda message: got.append(message.payload), poll=LONG_POLL),
     ):
         wait_until(lambda: consumer_sleeps(queue.connection, 2), "both consumers to sleep")
+        # it is registered by the fetch that found nothing
+        wait_until(lambda: steps[-1] == "wait", "the watched one to have come to it")
         before = list(steps)
         queue.publish_batch("another topic", [1, 2, 3])
         wait_until(lambda: len(got) == 3, "the messages")
