@@ -27,6 +27,12 @@ return not (
   and pg_advisory_unlock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))
 );
 
+-- For a moment not true beside another one that looks.
+create function pgqueue.nobody_waits(subscription_id int) returns boolean
+language sql volatile
+return pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
+  and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id);
+
 -- A consumer may have a seat, numbered from 0, with a channel of its own: then a
 -- message wakes one consumer, not all. It holds its seat's waiting lock
 -- exclusively while it waits; who looks takes it shared, not to be taken for a
@@ -124,10 +130,7 @@ begin
       pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
     );
   end loop;
-  if not announced or not (
-    pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
-    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
-  ) then
+  if not announced or not pgqueue.nobody_waits(subscription_id) then
     perform pgqueue.notify(subscription_id, not announced);
   end if;
   return true;
@@ -142,9 +145,7 @@ return case
   when pg_try_advisory_xact_lock_shared(
     pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
   ) then
-    pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
-    and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
-    or pgqueue.wake_waiting(subscription_id, true)
+    pgqueue.nobody_waits(subscription_id) or pgqueue.wake_waiting(subscription_id, true)
   else pgqueue.wake_waiting(subscription_id, false)
 end;
 

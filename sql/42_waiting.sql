@@ -127,8 +127,7 @@ declare
 begin
   if (v_registered like 'lingers %' or v_registered like 'no %') is not true
     or not pgqueue.is_current(v_registered)
-    or pg_try_advisory_lock(pgqueue.waiting_locks(), subscription_id)
-      and pg_advisory_unlock(pgqueue.waiting_locks(), subscription_id)
+    or pgqueue.nobody_waits(subscription_id)
   then
     return false;
   elsif v_registered like 'lingers %' then

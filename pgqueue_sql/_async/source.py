@@ -114,7 +114,8 @@ class AsyncSQLSource:
         self._waits = False
         self._lingers = LINGERS
         messages = [AsyncMessage(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
-        self._unsettled += messages
+        if self._listen:
+            self._unsettled += messages
         return messages
 
     async def _receive(

@@ -115,7 +115,8 @@ class SQLSource:
         self._waits = False
         self._lingers = LINGERS
         messages = [Message(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
-        self._unsettled += messages
+        if self._listen:
+            self._unsettled += messages
         return messages
 
     def _receive(self, max_messages: int, acked: Sequence[Message[Any]]) -> list[tuple[Any, ...]]:
