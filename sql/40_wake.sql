@@ -55,7 +55,7 @@ language sql volatile
 return floor(date_part('epoch', clock_timestamp()) * 5)::bigint & 7;
 create function pgqueue.lingering_key(subscription_id int, slot int, lingerer int) returns int
 language sql immutable parallel safe
-return pgqueue.seat_key(subscription_id, (slot & 7) * 4 + lingerer);
+return pgqueue.seat_key(subscription_id, (slot & 7) * pgqueue.lingerers() + lingerer);
 
 create function pgqueue.is_held(classid int, key int) returns boolean
 language sql volatile

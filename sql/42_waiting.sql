@@ -4,7 +4,7 @@
 -- "waits", the id of a transaction since then (-: of none yet), the awakening that
 -- it counts from, the seat or -, since when (epoch), the last message id at its
 -- last look, and "clear" and since when nobody is in flight who may have looked
--- before. Or "lingers", "-", the awakening and which of the locks for it it has.
+-- before. Or "lingers", "-", the awakening and the key of its lock.
 -- Or "no", whether somebody in flight may have found it waiting ("found" or "-"),
 -- and the awakening since which it does not wait. The setting goes with a rollback,
 -- the locks stay: so it holds only as long as the session's awakening, which no
