@@ -134,7 +134,7 @@ begin
   v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 8), '')::float8);
   -- a look at the locks now and then: the session may have unlocked its own, and
   -- somebody squat on a dead owner's
-  v_looks_again := v_clear_since < clock_timestamp() - interval '1 min';
+  v_looks_again := v_clear_since < clock_timestamp() - interval '1 min' * pgqueue.looks_after();
   if v_registered like 'lingers %' then
     perform pgqueue.stop_waiting(v_subscription.subscription_id);
     v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id));
@@ -181,6 +181,9 @@ begin
       select from pgqueue.retries r where r.subscription_id = v_subscription.subscription_id
     ) then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
+      perform set_config('pgqueue.idle_crowd', case
+        when pgqueue.seats_waiting(v_subscription.subscription_id) >= 8
+        then v_subscription.subscription_id::text else '' end, false);
     end if;
   else
     if v_registered like 'waits - %' and seen <> '' then
@@ -219,16 +222,40 @@ begin
   return greatest(v_sleep, interval '0 s');
 end $$;
 
+-- After how many minutes a session that is idle looks at everything: one of a
+-- crowd leaves it to the others more often.
+create function pgqueue.looks_after() returns int
+language sql stable
+return case when coalesce(current_setting('pgqueue.idle_crowd', true), '') = '' then 1 else 8 end;
+
 -- Changes whenever a message or a lease comes into being, or a session waits or
--- stops waiting; and once a minute, for sessions at different times. Reading it
+-- stops waiting; and now and then, for sessions at different times. Reading it
 -- costs a tenth of the cheapest query.
 create function pgqueue.numbers_drawn() returns text
 language sql volatile
 return concat_ws(
   '/', pgqueue.last_id(), pgqueue.last_receipt(),
   coalesce(pg_sequence_last_value('pgqueue.awakenings'), 0),
-  floor((date_part('epoch', clock_timestamp()) + pg_backend_pid() % 60) / 60)
+  floor(date_part('epoch', clock_timestamp()) / (60 * pgqueue.looks_after()) + pg_backend_pid() % 60 / 60.0)
 );
+
+-- One of many who wait, in seats, for a subscription with nothing in sight sleeps
+-- longer: together they still look some four times in every poll. Counted each
+-- time, for the others may have gone.
+create function pgqueue.poll_by_turns(poll interval, crowd int) returns interval
+language plpgsql
+as $$
+declare
+  v_waiting int;
+begin
+  if crowd is not null then
+    v_waiting := pgqueue.seats_waiting(crowd);
+    if v_waiting >= 8 then
+      return poll * (v_waiting / 4.0 * (0.5 + random()));
+    end if;
+  end if;
+  return poll;
+end $$;
 
 create function pgqueue.await(
   subscription text, poll interval default '1 s', linger interval default null
@@ -244,7 +271,7 @@ begin
     and current_setting('transaction_isolation') = 'read committed'
     and poll > interval '0 s' and poll < interval '100 years'
   then
-    return poll;
+    return pgqueue.poll_by_turns(poll, nullif(current_setting('pgqueue.idle_crowd', true), '')::int);
   end if;
   if linger is not null then
     perform pgqueue.require_duration('linger', linger, true);
@@ -258,7 +285,7 @@ begin
 end $$;
 
 comment on function pgqueue.await(text, interval, interval) is
-  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. (One of 8 or more who wait in seats for a subscription with nothing in sight may sleep up to 12 polls: together they look some four times in each.) Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
 
 linger, for one of many consumers: what is published from the call on that registers it is left to whoever is notified, up to the next call. And above zero, for who has just found messages: if others wait, and fewer than four do so already, the session is not registered; it is to call receive or await again after so long, at most 0.1 s, and publishers rely on that. A NOTIFY wakes every session of the database that LISTENs.';
 

@@ -253,3 +253,33 @@ def test_stop_awaiting_without_await_does_nothing(
         sitting.execute("select pgqueue.stop_awaiting('s')")
     publish(connection)
     assert heard([sitting]) == []
+
+
+def test_many_who_wait_poll_by_turns_and_one_who_is_left_polls_as_before(
+    database: Database, connection: Connection
+) -> None:
+    first, *others = seated(database, 12)
+
+    def sleep() -> float:
+        return await_seconds(first, poll="1 s")
+
+    # 12 / 4 polls, give or take half of it
+    wait_until(lambda: sleep() >= 1.5, "a longer sleep among many")
+    assert sleep() <= 4.5
+    for consumer in others:
+        consumer.close()
+    wait_until(lambda: sleep() == 1, "the usual sleep")
+
+
+def test_the_first_of_many_who_polls_finds_what_nobody_was_notified_of(
+    database: Database, connection: Connection
+) -> None:
+    consumers = seated(database, 12)
+    wait_until(
+        lambda: min(await_seconds(consumer, poll="1 s") for consumer in consumers) > 1,
+        "longer sleeps among many",
+    )
+    connection.execute("set pgqueue.notify = off")
+    publish(connection)
+    assert heard(consumers) == []
+    assert {await_seconds(consumer) for consumer in consumers} == {0}

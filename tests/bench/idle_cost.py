@@ -66,11 +66,11 @@ def _share_of(
 
 
 def _settle(connection: Any, count: str) -> None:
-    """Wait until all are there: their start is not what is measured."""
+    """Wait until all are there and have polled: their start is not what is measured."""
     with connection:
         while connection.execute(count).fetchone()[0] < CONSUMERS:
             time.sleep(0.2)
-    time.sleep(2)
+    time.sleep(10)
 
 
 def _wait(dsn: str, started: Event) -> None:
