@@ -164,7 +164,7 @@ language plpgsql
 set lock_timeout = '25ms'
 as $$
 begin
-  if pg_total_relation_size('pgqueue.deliveries') < 33554432 or pgqueue.anything_waits() then
+  if pg_total_relation_size('pgqueue.deliveries') < 8388608 or pgqueue.anything_waits() then
     return;
   end if;
   begin

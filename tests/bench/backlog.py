@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from . import load
+from .consumers import consuming
 from .contest import Sample, Turn, hold, progress
 from .payloads import SMALL
 from .publish import PUBLISH
@@ -22,7 +23,13 @@ FEW = 1000
 COPIED_AT_ONCE = 100_000
 # More than the ring has room for, so that every leaf is filled, and truncated, at least once.
 PASSED_THROUGH = 300_000
-PASSED_AT_ONCE = 20_000
+PASSED_AT_ONCE = 200
+PASSED_PER_SECOND = 10_000
+CONSUMERS = 2
+PUBLISH_BATCH = (
+    "select count(*) from pgqueue.publish_batch("
+    f"'t', array_fill(:payload::jsonb, array[{PASSED_AT_ONCE}]))"
+)
 FETCHES = 50
 FETCHED = 10
 PUBLISHERS = 4
@@ -41,8 +48,9 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
     with lab.database("pgqueue") as small, lab.database("pgqueue") as big:
         for database in (small, big):
             database.execute("select pgqueue.subscribe('s', 't')")
-        before = _pass_through(lab, big, scale)
-        _pass_through(lab, small, scale)
+        for database in (small, big):
+            _pass_through(database, scale)
+        before = _pass_through(big, scale, rounds=2)
         _copy(lab, small, FEW)
         start = time.monotonic()
         _copy(lab, big, scale.backlog)
@@ -50,13 +58,15 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         report.figure(f"COPY of {scale.backlog:,} messages: {scale.backlog / seconds:,.0f} msg/s")
         _compare(report, {f"{FEW:,}": small, f"{scale.backlog:,}": big}, scale)
         _report_sizes(report, "with the backlog", before, _sizes(big))
+        ms = _truncate_as_large(big)
+        report.figure(f"TRUNCATE of a plain table with the rows of one leaf: {ms:.1f} ms")
         _drain(report, big)
         _report_sizes(report, "drained", before, _sizes(big))
         big.execute("select count(*) from pgqueue.maintain()")
         big.execute("vacuum")
         # once without a look: the leaf that was being written is given back when its turn is over
-        _pass_through(lab, big, scale)
-        after = _pass_through(lab, big, scale)
+        _pass_through(big, scale)
+        after = _pass_through(big, scale, rounds=2)
         _report_sizes(report, "drained, and going on", before, after)
     ratio = sum(after.values()) / sum(before.values())
     report.target(7, f"size after draining {scale.backlog:,} / before", ratio, at_most=1.1)
@@ -106,14 +116,25 @@ def _publish(database: Database, scale: Scale) -> Sample:
     return load.per_message(result)
 
 
-def _pass_through(lab: Lab, database: Database, scale: Scale) -> dict[str, int]:
-    """Publish and ack steadily, twice round the ring; the sizes when they were largest."""
-    largest: dict[str, int] = {}
-    for _ in range(2 * min(PASSED_THROUGH, scale.backlog) // PASSED_AT_ONCE):
-        _copy(lab, database, PASSED_AT_ONCE)
-        _receive_all(database, PASSED_AT_ONCE)
-        largest = max(largest, _sizes(database), key=lambda sizes: sum(sizes.values()))
-    return largest
+def _pass_through(database: Database, scale: Scale, rounds: int = 1) -> dict[str, float]:
+    """Publish and consume steadily, so often round the ring; the sizes meanwhile, on average."""
+    samples: list[dict[str, int]] = []
+    with consuming(database, CONSUMERS):
+        publisher = load.Run(
+            database,
+            PUBLISH_BATCH,
+            transactions=rounds * min(PASSED_THROUGH, scale.backlog // 5) // PASSED_AT_ONCE,
+            rate=PASSED_PER_SECOND / PASSED_AT_ONCE,
+            variables={"payload": SMALL},
+        )
+        while publisher.runs():
+            samples.append(_sizes(database))
+            time.sleep(0.2)
+        publisher.finish()
+        while database.execute("select exists (select from pgqueue.deliveries)"):
+            time.sleep(0.1)
+    load.settle(database)
+    return {name: mean(sizes[name] for sizes in samples) for name in samples[0]}
 
 
 def _copy(lab: Lab, database: Database, messages: int) -> None:
@@ -144,6 +165,17 @@ def _receive_rest(database: Database) -> None:
     query = f"select pgqueue.ack(max(receipt)) from pgqueue.receive('s', {DRAINED_AT_ONCE})"
     while database.execute("select exists (select from pgqueue.deliveries)"):
         database.execute(query)
+
+
+def _truncate_as_large(database: Database) -> float:
+    """Milliseconds of whoever truncates as much as a leaf, in a table that nobody else uses."""
+    with database.connect() as connection:
+        connection.execute("create table copied as select * from pgqueue.messages_0")
+        start = time.perf_counter()
+        connection.execute("truncate copied")
+        ms = (time.perf_counter() - start) * 1000
+        connection.execute("drop table copied")
+    return ms
 
 
 def _drain(report: Report, database: Database) -> None:
@@ -246,7 +278,9 @@ def _sizes(database: Database) -> dict[str, int]:
         )
 
 
-def _report_sizes(report: Report, when: str, before: dict[str, int], sizes: dict[str, int]) -> None:
+def _report_sizes(
+    report: Report, when: str, before: Mapping[str, float], sizes: Mapping[str, float]
+) -> None:
     grown = {name: size for name, size in sizes.items() if size > before[name] + 1_000_000}
     shown = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sorted(grown.items()))
     total = sum(sizes.values()) / 1e6

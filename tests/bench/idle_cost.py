@@ -58,19 +58,19 @@ def _share_of(
     try:
         if not begun.wait(60):
             raise RuntimeError("the idle sessions did not start")
-        _settle(database.connect(), started)
+        _settle(database.connect(), started, scale)
         return _busy_share(postmaster, scale.idle_seconds)
     finally:
         process.kill()
         process.join()
 
 
-def _settle(connection: Any, count: str) -> None:
+def _settle(connection: Any, count: str, scale: Scale) -> None:
     """Wait until all are there and have polled: their start is not what is measured."""
     with connection:
         while connection.execute(count).fetchone()[0] < CONSUMERS:
             time.sleep(0.2)
-    time.sleep(10)
+    time.sleep(scale.idle_seconds / 2)
 
 
 def _wait(dsn: str, started: Event) -> None:

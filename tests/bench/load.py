@@ -75,6 +75,10 @@ class Run:
             text=True,
         )
 
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
     def finish(self) -> Result:
         """Wait for the end. Raises RuntimeError if a statement failed."""
         with self._folder as folder:
