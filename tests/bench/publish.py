@@ -21,6 +21,8 @@ INSERT_ANNOUNCED = INSERT.replace("messages", "announced", 1)
 CLIENTS = 16
 CONSUMERS = 4
 NOTIFYING = "NOTIFY always"
+PUT = "select put('t', :payload)"
+IN_A_FUNCTION = "INSERT in two tables, in a function"
 
 CASES = ((CLIENTS, SMALL, "150 B"), (1, SMALL, "150 B"), (CLIENTS, LARGE, "4 kB"))
 
@@ -35,6 +37,8 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
         report.target(
             1, f"{title}, / bare INSERT", contest.ratio("pgqueue", "INSERT"), at_least=floor
         )
+        limit = contest.ratio(IN_A_FUNCTION, "INSERT")
+        report.figure(f"limit: {IN_A_FUNCTION} / INSERT: {limit:.2f}")
         if clients > 1:
             report.target(
                 1,
@@ -67,6 +71,7 @@ def _publishers(lab: Lab, clients: int, payload: str, scale: Scale) -> Iterator[
 
         yield {
             "INSERT": turn(bare, INSERT),
+            IN_A_FUNCTION: turn(bare, PUT),
             "pgqueue": turn(pgqueue, PUBLISH),
             "pgmq": turn(pgmq, SEND),
             "pgmq, notifying": turn(notifying, SEND),

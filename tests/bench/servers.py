@@ -75,6 +75,36 @@ create table leases (
 );
 create trigger announce after insert on announced
 for each statement execute function announce();
+
+-- A queue without its rules: what a call of a function costs that writes a message and a row that
+-- waits, and of one that takes a message under a lease, and acks the last.
+create function put(topic text, payload jsonb) returns bigint
+language plpgsql security definer set search_path = public, pg_temp
+as $$
+declare
+  v_id bigint := nextval('messages_ids');
+begin
+  with message as (
+    insert into messages (message_id, topic, payload) values (v_id, topic, payload)
+  )
+  insert into waiting (subscription_id, message_id) values (1, v_id);
+  return v_id;
+end $$;
+create function take(last_receipt bigint, out taken_receipt bigint, out taken_payload jsonb)
+language plpgsql security definer set search_path = public, pg_temp
+as $$
+declare
+  v_id bigint;
+  v_tid tid;
+begin
+  delete from leases where receipt = last_receipt;
+  select message_id, ctid, payload into v_id, v_tid, taken_payload
+  from messages order by message_id limit 1 for update skip locked;
+  with taken as (
+    delete from messages where ctid = v_tid
+  )
+  insert into leases (message_ids) values (array[v_id]) returning receipt into taken_receipt;
+end $$;
 """
 
 
