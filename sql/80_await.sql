@@ -98,6 +98,20 @@ begin
   at := coalesce(at, 'infinity');
 end $$;
 
+-- One of many who wait in seats sleeps longer: together they still look some four
+-- times in every poll. Counted each time, for the others may have gone; and at
+-- random, for those who began together not to look together.
+create function pgqueue.poll_by_turns(subscription_id int, poll interval) returns interval
+language plpgsql
+as $$
+declare
+  v_waiting int := least(pgqueue.seats_waiting(subscription_id), 24);
+begin
+  return case
+    when v_waiting < 8 then poll else poll * (v_waiting / 4.0 * (0.75 + random() / 2))
+  end;
+end $$;
+
 -- await() for whom it is not enough that no number was drawn. patient: of what was
 -- published since it registered somebody else was notified, and who lingers looks
 -- for it himself; only what was there at the last look is left over.
@@ -168,6 +182,7 @@ begin
   v_last_id := pgqueue.last_id();
   v_event := pgqueue.next_event(v_subscription.subscription_id, v_looks_up_to);
   if not v_in_flight then
+    v_sleep := pgqueue.poll_by_turns(v_subscription.subscription_id, poll);
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(
@@ -181,9 +196,10 @@ begin
       select from pgqueue.retries r where r.subscription_id = v_subscription.subscription_id
     ) then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
-      perform set_config('pgqueue.idle_crowd', case
-        when pgqueue.seats_waiting(v_subscription.subscription_id) >= 8
-        then v_subscription.subscription_id::text else '' end, false);
+      perform set_config(
+        'pgqueue.idle_crowd',
+        case when v_sleep > poll then v_subscription.subscription_id::text else '' end, false
+      );
     end if;
   else
     if v_registered like 'waits - %' and seen <> '' then
@@ -239,24 +255,6 @@ return concat_ws(
   floor(date_part('epoch', clock_timestamp()) / (60 * pgqueue.looks_after()) + pg_backend_pid() % 60 / 60.0)
 );
 
--- One of many who wait, in seats, for a subscription with nothing in sight sleeps
--- longer: together they still look some four times in every poll. Counted each
--- time, for the others may have gone.
-create function pgqueue.poll_by_turns(poll interval, crowd int) returns interval
-language plpgsql
-as $$
-declare
-  v_waiting int;
-begin
-  if crowd is not null then
-    v_waiting := pgqueue.seats_waiting(crowd);
-    if v_waiting >= 8 then
-      return poll * (v_waiting / 4.0 * (0.5 + random()));
-    end if;
-  end if;
-  return poll;
-end $$;
-
 create function pgqueue.await(
   subscription text, poll interval default '1 s', linger interval default null
 ) returns interval
@@ -271,7 +269,8 @@ begin
     and current_setting('transaction_isolation') = 'read committed'
     and poll > interval '0 s' and poll < interval '100 years'
   then
-    return pgqueue.poll_by_turns(poll, nullif(current_setting('pgqueue.idle_crowd', true), '')::int);
+    return case when current_setting('pgqueue.idle_crowd') = '' then poll
+      else pgqueue.poll_by_turns(current_setting('pgqueue.idle_crowd')::int, poll) end;
   end if;
   if linger is not null then
     perform pgqueue.require_duration('linger', linger, true);
@@ -285,7 +284,7 @@ begin
 end $$;
 
 comment on function pgqueue.await(text, interval, interval) is
-  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. (One of 8 or more who wait in seats for a subscription with nothing in sight may sleep up to 12 polls: together they look some four times in each.) Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. (One of 8 or more who wait in seats may sleep up to 8 polls: together they look some four times in each.) Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
 
 linger, for one of many consumers: what is published from the call on that registers it is left to whoever is notified, up to the next call. And above zero, for who has just found messages: if others wait, and fewer than four do so already, the session is not registered; it is to call receive or await again after so long, at most 0.1 s, and publishers rely on that. A NOTIFY wakes every session of the database that LISTENs.';
 
