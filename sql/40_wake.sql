@@ -61,20 +61,6 @@ create function pgqueue.is_held(classid int, key int) returns boolean
 language sql volatile
 return not (pg_try_advisory_lock_shared(classid, key) and pg_advisory_unlock_shared(classid, key));
 
-create function pgqueue.seats_waiting(subscription_id int) returns int
-language plpgsql
-as $$
-declare
-  v_waiting int := 0;
-begin
-  for seat in 0..pgqueue.seats() - 1 loop
-    if pgqueue.is_held(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, seat)) then
-      v_waiting := v_waiting + 1;
-    end if;
-  end loop;
-  return v_waiting;
-end $$;
-
 create function pgqueue.someone_lingers(subscription_id int) returns boolean
 language plpgsql
 as $$

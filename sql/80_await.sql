@@ -6,112 +6,6 @@
 -- Somebody in flight may have looked before we registered: sleep briefly, ever
 -- longer, until those have gone.
 
--- When the subscription will have something to see to, if it has nothing now;
--- NULL if there may be something: of messages, up to last_id. The look of those
--- who wait and poll: cheap.
-create function pgqueue.next_event(subscription_id int, last_id bigint) returns timestamptz
-language plpgsql
-as $$
-#variable_conflict use_column
-declare
-  v_at timestamptz;
-  v_now timestamptz := clock_timestamp();
-  v_last_id bigint := pgqueue.last_id();
-begin
-  select least(
-    (select r.due_at from pgqueue.retries r
-     where r.subscription_id = next_event.subscription_id order by r.due_at limit 1),
-    min(e.deadline),
-    'infinity'
-  ) into v_at
-  from pgqueue.leases e
-  where e.subscription_id = next_event.subscription_id and e.receipt > (
-    select max(l.receipt_low) from pgqueue.lanes l
-    where l.subscription_id = next_event.subscription_id
-  )
-  having bool_or(
-    case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end
-  ) is not true
-  and not exists (
-    select from pgqueue.idle_keys k where k.subscription_id = next_event.subscription_id
-  ) and not exists (
-    select from pgqueue.lanes l
-    where l.subscription_id = next_event.subscription_id and (
-      l.low < v_last_id and l.tended_at < v_now - interval '10 s'
-      or exists (
-        select from pgqueue.deliveries d
-        where d.subscription_id = l.subscription_id and d.lane = l.lane
-          and d.message_id > l.low and d.message_id <= next_event.last_id
-      )
-    )
-  );
-  return case when v_at > v_now then v_at end;
-end $$;
-
--- When the subscription may have something to deliver that it has not now, as
--- far as one can see: a retry, a delayed message, the end of a lease. Infinity:
--- nothing is in sight. blocked: something waits that another transaction has
--- locked, or that a publisher in flight may yet come before.
-create function pgqueue.next_delivery(
-  s pgqueue.subscriptions, out at timestamptz, out blocked boolean
-)
-language plpgsql
-as $$
-declare
-  v_now timestamptz := clock_timestamp();
-  v_receipt_low bigint := (
-    select max(l.receipt_low) from pgqueue.lanes l where l.subscription_id = s.subscription_id
-  );
-begin
-  select least(
-    (select min(r.due_at) from pgqueue.retries r
-     where r.subscription_id = s.subscription_id and r.due_at > v_now),
-    (select min(e.deadline) from pgqueue.leases e
-     where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
-       and e.deadline > v_now),
-    min(d.not_before) filter (where not d.is_leased and d.not_before > v_now)
-  ), coalesce(bool_or(
-    -- only in total order does a message that waits hold up the rest: elsewhere
-    -- it would be in retries, were it not in another transaction's hands
-    not d.is_leased and ((d.not_before > v_now) is not true or s.ordering <> 'total')
-  ), false) or exists (
-    select from pgqueue.retries r
-    where r.subscription_id = s.subscription_id and r.due_at <= v_now
-  ) or exists (
-    select from pgqueue.leases e
-    where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
-      and e.deadline <= v_now
-  )
-  into at, blocked
-  from pgqueue.lanes l cross join lateral (
-    -- once expired it is out of the way
-    select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
-      select from pgqueue.leases e
-      where e.subscription_id = l.subscription_id and e.receipt > v_receipt_low
-        and e.lane = l.lane and e.lane > 0 and e.key_hash is null
-    ) as is_leased
-    from pgqueue.deliveries d
-    where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
-    order by d.message_id limit 1
-  ) d
-  where l.subscription_id = s.subscription_id;
-  at := coalesce(at, 'infinity');
-end $$;
-
--- One of many who wait in seats sleeps longer: together they still look some four
--- times in every poll. Counted each time, for the others may have gone; and at
--- random, for those who began together not to look together.
-create function pgqueue.poll_by_turns(subscription_id int, poll interval) returns interval
-language plpgsql
-as $$
-declare
-  v_waiting int := least(pgqueue.seats_waiting(subscription_id), 24);
-begin
-  return case
-    when v_waiting < 8 then poll else poll * (v_waiting / 4.0 * (0.75 + random() / 2))
-  end;
-end $$;
-
 -- await() for whom it is not enough that no number was drawn. patient: of what was
 -- published since it registered somebody else was notified, and who lingers looks
 -- for it himself; only what was there at the last look is left over.
@@ -148,7 +42,7 @@ begin
   v_clear_since := to_timestamp(nullif(split_part(v_registered, ' ', 8), '')::float8);
   -- a look at the locks now and then: the session may have unlocked its own, and
   -- somebody squat on a dead owner's
-  v_looks_again := v_clear_since < clock_timestamp() - interval '1 min' * pgqueue.looks_after();
+  v_looks_again := v_clear_since < clock_timestamp() - interval '1 min';
   if v_registered like 'lingers %' then
     perform pgqueue.stop_waiting(v_subscription.subscription_id);
     v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id));
@@ -198,7 +92,7 @@ begin
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
       perform set_config(
         'pgqueue.idle_crowd',
-        case when v_sleep > poll then v_subscription.subscription_id::text else '' end, false
+        case when v_sleep <> poll then v_subscription.subscription_id::text else '' end, false
       );
     end if;
   else
@@ -238,23 +132,6 @@ begin
   return greatest(v_sleep, interval '0 s');
 end $$;
 
--- After how many minutes a session that is idle looks at everything: one of a
--- crowd leaves it to the others more often.
-create function pgqueue.looks_after() returns int
-language sql stable
-return case when coalesce(current_setting('pgqueue.idle_crowd', true), '') = '' then 1 else 8 end;
-
--- Changes whenever a message or a lease comes into being, or a session waits or
--- stops waiting; and now and then, for sessions at different times. Reading it
--- costs a tenth of the cheapest query.
-create function pgqueue.numbers_drawn() returns text
-language sql volatile
-return concat_ws(
-  '/', pgqueue.last_id(), pgqueue.last_receipt(),
-  coalesce(pg_sequence_last_value('pgqueue.awakenings'), 0),
-  floor(date_part('epoch', clock_timestamp()) / (60 * pgqueue.looks_after()) + pg_backend_pid() % 60 / 60.0)
-);
-
 create function pgqueue.await(
   subscription text, poll interval default '1 s', linger interval default null
 ) returns interval
@@ -264,13 +141,22 @@ as $$
 declare
   -- before the transaction has an id: see settled()
   v_seen text := case when pg_current_xact_id_if_assigned() is null then pgqueue.numbers_drawn() else '' end;
+  v_crowd int;
+  v_sleep interval;
 begin
   if current_setting('pgqueue.idle', true) = v_seen || ' ' || subscription
     and current_setting('transaction_isolation') = 'read committed'
     and poll > interval '0 s' and poll < interval '100 years'
   then
-    return case when current_setting('pgqueue.idle_crowd') = '' then poll
-      else pgqueue.poll_by_turns(current_setting('pgqueue.idle_crowd')::int, poll) end;
+    v_crowd := nullif(current_setting('pgqueue.idle_crowd', true), '')::int;
+    if v_crowd is null then
+      return poll;
+    end if;
+    v_sleep := pgqueue.poll_by_turns(v_crowd, poll);
+    if v_sleep = poll then
+      perform set_config('pgqueue.idle_crowd', '', false);
+    end if;
+    return v_sleep;
   end if;
   if linger is not null then
     perform pgqueue.require_duration('linger', linger, true);
@@ -284,7 +170,7 @@ begin
 end $$;
 
 comment on function pgqueue.await(text, interval, interval) is
-  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. (One of 8 or more who wait in seats may sleep up to 8 polls: together they look some four times in each.) Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
+  'Registers the session as waiting for the subscription, until it calls receive, and returns how long it may sleep unless it is notified on pgqueue.channel, or in its seat: zero when something is deliverable, at most poll. (Where 8 or more wait in seats, they look by turns, six times in every poll, and each may sleep up to six polls.) Call it when receive returned nothing, then LISTEN and sleep; without LISTEN it tells when to look again.
 
 linger, for one of many consumers: what is published from the call on that registers it is left to whoever is notified, up to the next call. And above zero, for who has just found messages: if others wait, and fewer than four do so already, the session is not registered; it is to call receive or await again after so long, at most 0.1 s, and publishers rely on that. A NOTIFY wakes every session of the database that LISTENs.';
 

@@ -158,16 +158,21 @@ end $$;
 
 -- Truncates the deliveries if there are none. VACUUM gives no page of an index
 -- back: without this a backlog of once would stay on disk. As for a leaf, whoever
--- has written holds off our lock.
+-- has written holds off our lock, for which others wait only if it is a lot.
 create function pgqueue.recycle_deliveries() returns void
 language plpgsql
 set lock_timeout = '25ms'
 as $$
+declare
+  v_bytes bigint := pg_total_relation_size('pgqueue.deliveries');
 begin
-  if pg_total_relation_size('pgqueue.deliveries') < 8388608 or pgqueue.anything_waits() then
+  if v_bytes < 8388608 or pgqueue.anything_waits() then
     return;
   end if;
   begin
+    if v_bytes < 33554432 then
+      lock table pgqueue.deliveries in access exclusive mode nowait;
+    end if;
     lock table pgqueue.deliveries in access exclusive mode;
   exception when lock_not_available or deadlock_detected then
     return;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -255,34 +256,28 @@ def test_stop_awaiting_without_await_does_nothing(
     assert heard([sitting]) == []
 
 
-def test_many_who_wait_poll_by_turns_and_one_who_is_left_polls_as_before(
+def test_many_who_wait_look_by_turns_and_one_who_is_left_as_before(
     database: Database, connection: Connection
 ) -> None:
-    first, *others = seated(database, 12)
-
-    def sleep() -> float:
-        return await_seconds(first, poll="1 s")
-
-    # 12 / 4 polls, give or take a quarter of it
-    wait_until(lambda: sleep() >= 2.25, "a longer sleep among many")
-    assert sleep() <= 3.75
-    # also when something has happened since the last look
-    publish(connection)
-    receive(connection, "s")
-    assert 2.25 <= sleep() <= 3.75
+    first, *others = consumers = seated(database, 12)
+    sleeps = [await_seconds(consumer, poll="60 s") for consumer in consumers]
+    assert max(sleeps) <= 12 / 6 * 60
+    # one every 10 seconds; who has just missed his turn looks between two others
+    turns = [round((time.time() + sleep) / 10) for sleep in sleeps]
+    assert len(set(turns)) >= 11
+    assert max(turns) - min(turns) <= 12
+    put(connection, 1)
+    one(connection, "select pgqueue.ack(receipt) from pgqueue.receive('s')")
+    assert await_seconds(first, poll="60 s") != 60
     for consumer in others:
         consumer.close()
-    wait_until(lambda: sleep() == 1, "the usual sleep")
+    wait_until(lambda: await_seconds(first, poll="60 s") == 60, "the usual sleep")
 
 
 def test_the_first_of_many_who_polls_finds_what_nobody_was_notified_of(
     database: Database, connection: Connection
 ) -> None:
     consumers = seated(database, 12)
-    wait_until(
-        lambda: min(await_seconds(consumer, poll="1 s") for consumer in consumers) > 1,
-        "longer sleeps among many",
-    )
     connection.execute("set pgqueue.notify = off")
     publish(connection)
     assert heard(consumers) == []

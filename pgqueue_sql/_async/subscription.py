@@ -98,9 +98,8 @@ class AsyncSubscription:
         concurrency: calls of the handler at a time: tasks in an AsyncSubscription, else threads.
         lease: seconds for which the messages are the consumer's; if they are not settled by then,
             another consumer gets them.
-        poll: seconds after which to look again if no notification comes. Of 8 or more that wait,
-            each looks again after up to 8 times as long, by turns: some four of them in these
-            seconds.
+        poll: seconds after which to look again if no notification comes. Where 8 or more
+            wait they look by turns, six times in these seconds; each within six times as long.
         listen: whether to LISTEN, or only to poll.
         stop_on_requeue: raise as soon as a message is requeued: the handler's exception if it
             raised one, else Requeued.

@@ -66,7 +66,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores; {', '.join(arguments.only)}; {scale}")
     if not arguments.quick:
         print(
-            "All groups take about 45 minutes a server, and 8 times as long as a snapshot is held."
+            "All groups take about 45 minutes a server, and 6 times as long as a snapshot is held."
         )
     reports = []
     for major in arguments.server:
