@@ -86,15 +86,18 @@ language plpgsql
 as $$
 #variable_conflict use_column
 declare
-  v_claim pgqueue.claim;
   v_now timestamptz := clock_timestamp();
   v_low bigint;
   v_tended_at timestamptz;
   v_last_delivered_at timestamptz;
   v_alone boolean;
   v_quota int := 0;
-  v_room int;
+  v_room int := max_messages;
   v_due record;
+  v_tids tid[];
+  v_ids bigint[];
+  v_attempts smallint[];
+  v_retry_tids tid[];
   v_unfit boolean;
 begin
   select l.low, l.tended_at, l.last_delivered_at, r.alone
@@ -112,48 +115,40 @@ begin
     );
   end if;
   loop
-    v_claim := null;
-    v_unfit := false;
-    v_room := max_messages;
     if v_quota > 0 then
       v_due := pgqueue.claim_due((s).subscription_id, v_quota, v_now);
-      v_claim.retry_tids := v_due.tids;
+      v_retry_tids := v_due.tids;
       v_room := case when v_due.alone then 0
         else max_messages - coalesce(cardinality(v_due.tids), 0) end;
     end if;
-    if v_room > 0 then
-      select
-        array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
-        bool_or(d.expires_at <= v_now or d.not_before > v_now)
-      into v_claim.delivery_tids, v_claim.message_ids, v_claim.attempts, v_unfit
-      from (
-        select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
-        from pgqueue.deliveries d
-        where d.subscription_id = (s).subscription_id and d.lane = 0 and d.message_id > v_low
-        order by d.message_id limit v_room for update skip locked
-      ) d;
-    end if;
+    select
+      array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
+      bool_or(d.expires_at <= v_now or d.not_before > v_now)
+    into v_tids, v_ids, v_attempts, v_unfit
+    from (
+      select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
+      from pgqueue.deliveries d
+      where d.subscription_id = (s).subscription_id and d.lane = 0 and d.message_id > v_low
+      order by d.message_id limit v_room for update skip locked
+    ) d;
     if v_alone is not null then
-      if v_quota = 0 and v_claim.message_ids is null then
+      if v_quota = 0 and v_ids is null then
         v_quota := 1;  -- the retry was passed over for nothing
         continue;
       elsif v_quota > 0 then
-        v_claim.message_ids := v_due.message_ids || v_claim.message_ids;
-        v_claim.attempts := v_due.attempts || v_claim.attempts;
+        v_ids := v_due.message_ids || v_ids;
+        v_attempts := v_due.attempts || v_attempts;
         v_unfit := v_unfit or v_due.unfit;
       end if;
     end if;
     exit when v_unfit is not true;
-    perform pgqueue.expire_claimed(s, v_claim.delivery_tids, v_claim.retry_tids, v_now);
-    perform pgqueue.delay_claimed(v_claim.delivery_tids, v_now);
+    perform pgqueue.expire_claimed(s, v_tids, v_retry_tids, v_now);
+    perform pgqueue.delay_claimed(v_tids, v_now);
   end loop;
-
-  v_claim.subscription_id := (s).subscription_id;
-  v_claim.lane := 0;
-  v_claim.tending_is_due := pgqueue.tending_is_due(
-    v_low, v_tended_at, v_last_delivered_at, v_claim.message_ids[1]
-  );
-  return v_claim;
+  return row(
+    (s).subscription_id, 0, v_ids, v_attempts, v_tids, v_retry_tids, null,
+    pgqueue.tending_is_due(v_low, v_tended_at, v_last_delivered_at, v_ids[1])
+  )::pgqueue.claim;
 end $$;
 
 -- Puts what has expired among claimed rows where the subscription says.
@@ -250,7 +245,7 @@ language plpgsql
 as $$
 declare
   v_claim pgqueue.claim;
-  v_turn int := floor(random() * 3);
+  v_turn int;
 begin
   if s.paused then
     return v_claim;
@@ -261,6 +256,7 @@ begin
     elsif s.ordering = 'total' then
       v_claim := pgqueue.claim_ordered(s, 1::smallint, max_messages, settled);
     else
+      v_turn := floor(random() * 3);
       for v_turn in v_turn..v_turn + 2 loop
         v_claim := case v_turn % 3
           when 0 then pgqueue.claim_held(s, max_messages)
