@@ -111,7 +111,7 @@ begin
       v_before_us := v_before_us + case when seat < v_seat then 1 else 0 end;
     end if;
     -- seats are taken from the first on: where few wait in those, few do at all
-    exit when seat = 7 and v_waiting < 4;
+    exit when seat = 3 and v_waiting = 1 or seat = 7 and v_waiting < 4;
   end loop;
   if v_waiting < 8 then
     return poll;
