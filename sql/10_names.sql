@@ -27,12 +27,14 @@ comment on function pgqueue.version() is
 
 -- Advisory locks are the parts of pgqueue's state that must not be MVCC. They
 -- use the two-integer form, whose first half is one of these numbers ("pgqf",
--- "pgqr", "pgqw", "pgqk", "pgqo", "pgqm", "pgqt", "pgqu", "pgql" in ASCII), so
+-- "pgqr", "pgqd", "pgqw", "pgqk", "pgqo", "pgqm", "pgqt", "pgqu", "pgql" in ASCII), so
 -- that they do not meet an application's.
 create function pgqueue.floor_locks() returns int
 language sql immutable parallel safe return 1885827430;
 create function pgqueue.receipt_floor_locks() returns int
 language sql immutable parallel safe return 1885827442;
+create function pgqueue.due_floor_locks() returns int
+language sql immutable parallel safe return 1885827428;
 create function pgqueue.waiting_locks() returns int
 language sql immutable parallel safe return 1885827447;
 create function pgqueue.waking_locks() returns int

@@ -54,13 +54,16 @@ comment on table pgqueue.subscriptions is 'One row per subscription: its topic a
 -- hashes, and lane 0 for messages without a key. low is a hint for speed: no
 -- delivery of the lane, waiting, leased or yet to appear, has message_id <= low,
 -- so index scans start there and not at the dead entries that VACUUM could not
--- remove yet. So does receipt_low for the leases of the whole subscription. A
--- row is updated about once a second at most, for updates leave dead rows too.
+-- remove yet. So do hold_low for the lane's held keys, and receipt_low and due_low
+-- for the leases and retries of the whole subscription. A row is updated about
+-- once a second at most, for updates leave dead rows too.
 create table pgqueue.lanes (
   subscription_id int not null,
   lane smallint not null,
   low bigint not null default 0,
   receipt_low bigint not null default 0,
+  hold_low bigint not null default 0,
+  due_low timestamptz not null default '-infinity',
   tended_at timestamptz not null default '-infinity',
   last_delivered_at timestamptz not null default '-infinity',
   last_ack_at timestamptz not null default '-infinity',
@@ -146,7 +149,7 @@ create index leases_of_subscription on pgqueue.leases (subscription_id, receipt)
 
 comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
 
--- A consumer's housekeeping is due when its transaction commits (sql/85_maintain.sql).
+-- A consumer's housekeeping is due when its transaction commits (sql/84_tend.sql).
 -- Always empty: the trigger that does it deletes the row.
 create table pgqueue.tending (
   subscription_id int not null,
@@ -166,7 +169,10 @@ create table pgqueue.retries (
   key_hash int,
   primary key (subscription_id, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
-create index retries_due on pgqueue.retries (subscription_id, due_at, message_id);
+create index retries_due on pgqueue.retries (subscription_id, due_at, message_id)
+  where key_hash is null;
+create index retries_due_of_key on pgqueue.retries (subscription_id, due_at)
+  where key_hash is not null;
 create index retries_of_key on pgqueue.retries (subscription_id, key_hash, message_id)
   where key_hash is not null;
 
@@ -180,8 +186,12 @@ create table pgqueue.held_keys (
   key_hash int not null,
   lane smallint not null,
   receipt bigint,
-  primary key (subscription_id, key_hash)
+  hold bigint not null default nextval('pgqueue.receipts'),
+  -- beginning with another column each, so that neither index serves both looks:
+  -- the planner takes the wrong one when its statistics are old
+  primary key (key_hash, subscription_id)
 );
+create index held_keys_of_lane on pgqueue.held_keys (lane, subscription_id, hold);
 
 comment on table pgqueue.held_keys is 'Keys, by their hash, whose messages wait in retries, in order, instead of in their lane.';
 

@@ -30,13 +30,18 @@ language sql immutable parallel safe
 return last_id + 2147483648 - ((last_id - key::bigint) & 4294967295);
 
 -- Every floor held in this database, whoever holds it (a prepared transaction
--- has no pid): of message ids, and of receipts.
+-- has no pid): of message ids, of receipts, and of the times when retries are due.
 create view pgqueue.floors as
-select l.pid, l.objid as key, l.classid = pgqueue.receipt_floor_locks()::oid as of_receipts
+select l.pid, l.objid as key, case l.classid
+    when pgqueue.floor_locks()::oid then 'message'
+    when pgqueue.receipt_floor_locks()::oid then 'receipt'
+    else 'due' end as kind
 from pg_locks l
 where l.locktype = 'advisory'
   and l.database = (select d.oid from pg_database d where d.datname = current_database())
-  and l.classid in (pgqueue.floor_locks()::oid, pgqueue.receipt_floor_locks()::oid)
+  and l.classid in (
+    pgqueue.floor_locks()::oid, pgqueue.receipt_floor_locks()::oid, pgqueue.due_floor_locks()::oid
+  )
   and l.objsubid = 2
   and l.granted;
 
@@ -70,16 +75,16 @@ begin
   return v_floor;
 end $$;
 
--- The highest id up to which every message is settled, or of_receipts: the
--- highest receipt up to which every lease is committed, or never will be.
-create function pgqueue.settled_by_floors(last_id bigint, of_receipts boolean default false)
+-- The highest number up to which all is committed, or never will be: messages, or
+-- the leases of receipts, or the retries that are due at times.
+create function pgqueue.settled_by_floors(last_number bigint, kind text default 'message')
 returns bigint
 language plpgsql
 as $$
 begin
-  return least(last_id, (
-    select min(pgqueue.floor_of(f.key, last_id)) from pgqueue.floors f
-    where f.of_receipts = settled_by_floors.of_receipts
+  return least(last_number, (
+    select min(pgqueue.floor_of(f.key, last_number)) from pgqueue.floors f
+    where f.kind = settled_by_floors.kind
   ));
 end $$;
 
@@ -123,21 +128,92 @@ begin
   return v_settled;
 end $$;
 
--- Draws the number of a new lease. Receipts have floors, too: the look for leases
--- must not start above one that is yet to be committed.
-create function pgqueue.next_receipt() returns bigint
+-- Receipts have floors, too, one a transaction: the look for leases must not start
+-- above one that is yet to be committed.
+create function pgqueue.take_receipt_floor() returns boolean
 language plpgsql
 as $$
 declare
-  v_floor bigint := pgqueue.last_receipt();
+  v_xid text := pg_current_xact_id()::text;
+  v_floor bigint;
 begin
+  if current_setting('pgqueue.receipt_floor', true) = v_xid then
+    return true;
+  end if;
+  v_floor := pgqueue.last_receipt();
   while not pgqueue.lock_receipt_floor(v_floor) loop
     v_floor := v_floor - 1;
   end loop;
-  perform set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true);
-  return nextval('pgqueue.receipts');
+  perform set_config('pgqueue.receipt_floor', v_xid, true);
+  return true;
 end $$;
 
 create function pgqueue.lock_receipt_floor(floor bigint) returns boolean
 language sql volatile
 return pg_try_advisory_xact_lock_shared(pgqueue.receipt_floor_locks(), pgqueue.floor_key(floor));
+
+-- Keys that are held are numbered by the same sequence.
+create function pgqueue.before_hold() returns trigger
+language plpgsql
+as $$
+begin
+  perform pgqueue.take_receipt_floor();
+  return null;
+end $$;
+
+create trigger before_hold before insert on pgqueue.held_keys
+for each statement execute function pgqueue.before_hold();
+
+-- And so have the times when retries are due, in hundredths of a second: what a
+-- transaction brings is due no earlier than its floor.
+create function pgqueue.take_due_floor() returns bigint
+language plpgsql
+as $$
+declare
+  v_xid text := pg_current_xact_id()::text;
+  v_taken text := current_setting('pgqueue.due_floor', true);
+  v_floor bigint;
+begin
+  if split_part(v_taken, ':', 1) = v_xid then
+    return split_part(v_taken, ':', 2)::bigint;
+  end if;
+  v_floor := pgqueue.hundredths();
+  while not pg_try_advisory_xact_lock_shared(pgqueue.due_floor_locks(), pgqueue.floor_key(v_floor)) loop
+    v_floor := v_floor - 1;
+  end loop;
+  perform set_config('pgqueue.due_floor', v_xid || ':' || v_floor, true);
+  return v_floor;
+end $$;
+
+-- Clocks may be set back, or lag behind another server's: the mark holds for a
+-- minute after its lane was tended, and begins anew every ten minutes.
+create function pgqueue.trusted_due_low(due_low timestamptz, tended_at timestamptz)
+returns timestamptz
+language sql stable
+return case
+  when tended_at > statement_timestamp() - interval '1 min'
+    and tended_at < statement_timestamp() + interval '2 s'
+  then due_low else '-infinity' end;
+
+-- Of all lanes of a subscription, for looks at what belongs to the whole of it.
+create view pgqueue.marks as
+select
+  l.subscription_id, max(l.receipt_low) as receipt_low,
+  max(pgqueue.trusted_due_low(l.due_low, l.tended_at)) as due_low
+from pgqueue.lanes l
+group by l.subscription_id;
+
+create function pgqueue.hundredths() returns bigint
+language sql volatile
+return floor(extract(epoch from clock_timestamp()) * 100);
+
+create function pgqueue.before_retry() returns trigger
+language plpgsql
+as $$
+begin
+  new.due_at := greatest(new.due_at, to_timestamp(pgqueue.take_due_floor() / 100.0));
+  return new;
+end $$;
+
+create trigger before_retry before insert or update of due_at on pgqueue.retries
+for each row execute function pgqueue.before_retry();

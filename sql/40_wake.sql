@@ -163,10 +163,7 @@ begin
       limit 1
     ) d
     where l.subscription_id = wake_next.subscription_id
-  ) or exists (
-    select from pgqueue.retries r
-    where r.subscription_id = wake_next.subscription_id and r.due_at <= clock_timestamp()
-  ) then
+  ) or pgqueue.next_due(subscription_id) <= clock_timestamp() then
     perform pgqueue.wake(subscription_id);
   end if;
 end $$;

@@ -17,6 +17,10 @@ create function pgqueue.seat_setting(subscription_id int) returns text
 language sql stable
 return 'pgqueue.seat_' || subscription_id;
 
+create function pgqueue.seat_of_session(subscription_id int) returns int
+language sql stable
+return nullif(current_setting(pgqueue.seat_setting(subscription_id), true), '')::int;
+
 create function pgqueue.is_current(registered text) returns boolean
 language plpgsql
 as $$
@@ -33,8 +37,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_subscription pgqueue.subscriptions := pgqueue.subscription_named(subscription);
-  v_setting text := pgqueue.seat_setting(v_subscription.subscription_id);
-  v_seat int := nullif(current_setting(v_setting, true), '')::int;
+  v_seat int := pgqueue.seat_of_session(v_subscription.subscription_id);
 begin
   if v_seat is null then
     for seat in 0..pgqueue.seats() - 1 loop
@@ -45,7 +48,9 @@ begin
         exit;
       end if;
     end loop;
-    perform set_config(v_setting, v_seat::text, false);
+    perform set_config(
+      pgqueue.seat_setting(v_subscription.subscription_id), v_seat::text, false
+    );
   end if;
   return pgqueue.channel_of(v_subscription.subscription_id) || '_' || v_seat;
 end $$;
@@ -156,7 +161,7 @@ create function pgqueue.start_waiting(subscription_id int) returns text
 language plpgsql
 as $$
 declare
-  v_seat text := coalesce(nullif(current_setting(pgqueue.seat_setting(subscription_id), true), ''), '-');
+  v_seat text := coalesce(pgqueue.seat_of_session(subscription_id)::text, '-');
   -- before the locks: if the call is cut off among them, the setting does not pass for current
   v_awakening bigint := nextval('pgqueue.awakenings');
   v_registered text;

@@ -93,8 +93,8 @@ begin
   into overdue, v_owned, v_seems_dead
   from pgqueue.leases e
   where e.subscription_id = ended_leases.subscription_id and e.receipt > (
-    select max(l.receipt_low) from pgqueue.lanes l
-    where l.subscription_id = ended_leases.subscription_id
+    select m.receipt_low from pgqueue.marks m
+    where m.subscription_id = ended_leases.subscription_id
   );
   if v_owned is not null
     and (v_seems_dead or (v_looked > extract(epoch from v_now) - 1) is not true)

@@ -57,9 +57,14 @@ create function pgqueue.claim_due(
 language plpgsql
 as $$
 #variable_conflict use_column
+declare
+  v_due_low timestamptz := (
+    select m.due_low from pgqueue.marks m where m.subscription_id = claim_due.subscription_id
+  );
 begin
   select r.alone into alone from pgqueue.retries r
-  where r.subscription_id = claim_due.subscription_id and r.due_at <= at and r.key_hash is null
+  where r.subscription_id = claim_due.subscription_id
+    and r.due_at > v_due_low and r.due_at <= at and r.key_hash is null
   order by r.due_at, r.message_id limit 1 for update skip locked;
   if not found then
     return;
@@ -70,7 +75,8 @@ begin
   into tids, message_ids, attempts, unfit
   from (
     select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
-    where r.subscription_id = claim_due.subscription_id and r.due_at <= at
+    where r.subscription_id = claim_due.subscription_id
+      and r.due_at > v_due_low and r.due_at <= at
       and r.key_hash is null and r.alone = claim_due.alone
     order by r.due_at, r.message_id
     limit case when claim_due.alone then 1 else max_messages end
@@ -104,7 +110,9 @@ begin
   into v_low, v_tended_at, v_last_delivered_at, v_alone
   from pgqueue.lanes l left join lateral (
     select r.alone from pgqueue.retries r
-    where r.subscription_id = l.subscription_id and r.due_at <= v_now and r.key_hash is null
+    where r.subscription_id = l.subscription_id
+      and r.due_at > pgqueue.trusted_due_low(l.due_low, l.tended_at) and r.due_at <= v_now
+      and r.key_hash is null
     order by r.due_at, r.message_id limit 1
   ) r on true
   where l.subscription_id = (s).subscription_id and l.lane = 0;
@@ -275,41 +283,4 @@ begin
       and (s.ordering <> 'key' or not pgqueue.release_idle_keys(s.subscription_id));
   end loop;
   return v_claim;
-end $$;
-
--- Turns a claim into a lease and returns its receipt.
-create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns bigint
-language plpgsql
-as $$
-declare
-  -- one floor a transaction, for a lock each would fill the lock table; next_receipt()
-  -- without the call, unless somebody squats on the floor
-  v_receipt bigint := case
-    when current_setting('pgqueue.receipt_floor', true) = pg_current_xact_id()::text
-      or pgqueue.lock_receipt_floor(pgqueue.last_receipt())
-        and set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true) is not null
-    then nextval('pgqueue.receipts') else pgqueue.next_receipt() end;
-  v_owner int := pgqueue.owner_of_session(owner);
-begin
-  if c.tending_is_due then
-    insert into pgqueue.tending (subscription_id, lane) values (c.subscription_id, c.lane);
-  end if;
-  if c.retry_tids is not null then
-    delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
-  end if;
-  with taken as (
-    delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids)
-  )
-  insert into pgqueue.leases (
-    receipt, subscription_id, lane, first_id, message_ids, attempts, key_hash,
-    owner, owner_pid, deadline
-  ) values (
-    v_receipt, c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
-    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
-  );
-  if c.key_hash is not null then
-    update pgqueue.held_keys h set receipt = v_receipt
-    where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
-  end if;
-  return v_receipt;
 end $$;

@@ -71,7 +71,7 @@ begin
     end if;
     exit when (s).ordering = 'total' or v_claim.message_ids is null;
     v_read := cardinality(v_claim.message_ids);
-    v_claim := pgqueue.without_held(v_claim, s, claim_ordered.lane, v_now);
+    v_claim := pgqueue.without_held(v_claim, v_lane, v_now);
     v_waiting_id := null;
     select min(d.message_id) into v_alone_id from pgqueue.deliveries d
     where d.ctid = any (v_claim.delivery_tids) and d.alone;
@@ -113,45 +113,46 @@ end $$;
 -- one. Whoever ends a hold has its row locked; then its messages stay where
 -- they are for now, and are passed over.
 create function pgqueue.without_held(
-  c pgqueue.claim, s pgqueue.subscriptions, lane smallint, at timestamptz
+  c pgqueue.claim, l pgqueue.lanes, at timestamptz
 ) returns pgqueue.claim
 language plpgsql
 as $$
 #variable_conflict use_column
 declare
+  v_hashes int[];
   v_held int[];
   v_locked int[];
 begin
-  select array_agg(h.key_hash) into v_held from pgqueue.held_keys h
-  where h.subscription_id = (s).subscription_id and h.lane = without_held.lane;
-  if v_held is null then
+  perform from pgqueue.held_keys h
+  where h.subscription_id = (l).subscription_id and h.lane = (l).lane and h.hold > (l).hold_low
+  limit 1;
+  if not found then
     perform from pgqueue.deliveries d where d.ctid = any (c.delivery_tids) and d.not_before > at;
     if not found then
       return c;
     end if;
-    v_held := '{}';
   end if;
+  v_hashes := array(
+    select distinct pgqueue.key_hash(m.key)
+    from pgqueue.messages_of(c.message_ids, null::smallint[]) m
+  );
+  v_held := pgqueue.held_of((l).subscription_id, v_hashes);
 
   insert into pgqueue.held_keys (subscription_id, key_hash, lane)
-  select distinct (s).subscription_id, pgqueue.key_hash(m.key), lane
+  select distinct (l).subscription_id, pgqueue.key_hash(m.key), (l).lane
   from pgqueue.deliveries d cross join pgqueue.messages_of(array[d.message_id], null::smallint[]) m
   where d.ctid = any (c.delivery_tids) and d.not_before > at
     -- not one that is held: to insert it would wait for whoever ends the hold
     and pgqueue.key_hash(m.key) <> all (v_held)
   on conflict do nothing;
-  v_held := v_held || array(
-    select h.key_hash from pgqueue.held_keys h
-    where h.subscription_id = (s).subscription_id and h.lane = without_held.lane
+  v_held := v_held || pgqueue.held_of((l).subscription_id, v_hashes);
+  v_locked := array(
+    select h.key_hash from unnest(v_held) k cross join lateral (
+      select h.key_hash from pgqueue.held_keys h
+      where h.key_hash = k and h.subscription_id = (l).subscription_id
+      for share skip locked
+    ) h
   );
-  select array_agg(h.key_hash) into v_locked from (
-    select h.key_hash from pgqueue.held_keys h
-    where h.subscription_id = (s).subscription_id and h.lane = without_held.lane
-      -- not the others, which somebody else may want to work on
-      and h.key_hash in (
-        select pgqueue.key_hash(m.key) from pgqueue.messages_of(c.message_ids, null::smallint[]) m
-      )
-    for share skip locked
-  ) h;
 
   with keyed as (
     select i.tid, i.attempts, m.message_id, pgqueue.key_hash(m.key) as key_hash
@@ -170,10 +171,12 @@ begin
       d.subscription_id,
       -- the first of an empty queue must be found when it is due
       case when d.not_before > at then least(d.not_before, d.expires_at)
+        -- offset 0: no hash table of all retries
         when lag(d.message_id) over (partition by d.key_hash order by d.message_id) is null
           and not exists (
             select from pgqueue.retries r
             where r.subscription_id = d.subscription_id and r.key_hash = d.key_hash
+            offset 0
           ) then at
         else 'infinity' end,
       d.message_id, d.attempts, coalesce(d.alone, false), d.expires_at, d.key_hash
@@ -185,6 +188,21 @@ begin
   into c.delivery_tids, c.message_ids, c.attempts
   from keyed k where k.key_hash <> all (v_held);
   return c;
+end $$;
+
+-- Which of the keys are held.
+create function pgqueue.held_of(subscription_id int, key_hashes int[]) returns int[]
+language plpgsql
+as $$
+#variable_conflict use_column
+begin
+  return array(
+    select h.key_hash from unnest(key_hashes) k cross join lateral (
+      select h.key_hash from pgqueue.held_keys h
+      where h.key_hash = k and h.subscription_id = held_of.subscription_id
+      offset 0
+    ) h
+  );
 end $$;
 
 -- From the first ordered lane that is free and has something, from one at random

@@ -2,6 +2,43 @@
 -- a queue table is analyzed when it is empty and then grows, and a plan that
 -- went by that would read the whole table for every fetch.
 
+-- Turns a claim into a lease and returns its receipt.
+create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns bigint
+language plpgsql
+as $$
+declare
+  -- take_receipt_floor() without the call, unless somebody squats on the floor
+  v_receipt bigint := case
+    when current_setting('pgqueue.receipt_floor', true) = pg_current_xact_id()::text
+      or pgqueue.lock_receipt_floor(pgqueue.last_receipt())
+        and set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true) is not null
+      or pgqueue.take_receipt_floor()
+    then nextval('pgqueue.receipts') end;
+  v_owner int := pgqueue.owner_of_session(owner);
+begin
+  if c.tending_is_due then
+    insert into pgqueue.tending (subscription_id, lane) values (c.subscription_id, c.lane);
+  end if;
+  if c.retry_tids is not null then
+    delete from pgqueue.retries r where r.ctid = any (c.retry_tids);
+  end if;
+  with taken as (
+    delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids)
+  )
+  insert into pgqueue.leases (
+    receipt, subscription_id, lane, first_id, message_ids, attempts, key_hash,
+    owner, owner_pid, deadline
+  ) values (
+    v_receipt, c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
+    v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
+  );
+  if c.key_hash is not null then
+    update pgqueue.held_keys h set receipt = v_receipt
+    where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
+  end if;
+  return v_receipt;
+end $$;
+
 create function pgqueue.fetch_pending(subscription text, max_messages int default 1)
 returns setof pgqueue.pending_message
 language plpgsql security definer

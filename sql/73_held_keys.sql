@@ -82,6 +82,9 @@ begin
   for v_due in
     select r.key_hash from pgqueue.retries r
     where r.subscription_id = s.subscription_id and r.due_at <= v_now
+      and r.due_at > (
+        select m.due_low from pgqueue.marks m where m.subscription_id = s.subscription_id
+      )
       and r.key_hash is not null
     order by r.due_at
   loop
@@ -166,16 +169,21 @@ end $$;
 -- (their row was locked then, or the ack had an old snapshot). Not those whose
 -- first message waits, or blocks.
 create view pgqueue.idle_keys as
-select h.subscription_id, h.key_hash, h.lane
-from pgqueue.held_keys h
-join pgqueue.subscriptions s on s.subscription_id = h.subscription_id
+select l.subscription_id, h.key_hash, l.lane
+from pgqueue.lanes l
+join pgqueue.subscriptions s on s.subscription_id = l.subscription_id
+cross join lateral (
+  select h.* from pgqueue.held_keys h
+  where h.subscription_id = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
+  offset 0
+) h
 left join lateral (
   select r.due_at, r.attempts from pgqueue.retries r
   where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
   order by r.message_id limit 1
 ) first on true
 where (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true
-  and not exists (select from pgqueue.leases e where e.receipt = h.receipt);
+  and not exists (select from pgqueue.leases e where e.receipt = h.receipt offset 0);
 
 -- Lets go of them, in a lane or in all. Returns whether there was any.
 create function pgqueue.release_idle_keys(subscription_id int, lane smallint default null)

@@ -82,6 +82,7 @@ begin
         when exists (
           select from pgqueue.held_keys h
           where h.subscription_id = (l).subscription_id and h.key_hash = pgqueue.key_hash(m.key)
+          offset 0
         ) then 'held'
         else 'lane' end as place
     from unnest((l).message_ids, (l).attempts) as i (id, attempts)

@@ -1,5 +1,47 @@
 -- When there is something to look at, and when to look.
 
+-- When the next retry after that time is due, or the next of all: NULL if none.
+create function pgqueue.next_due(subscription_id int, after timestamptz default null)
+returns timestamptz
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_after timestamptz := coalesce(after, (
+    select m.due_low from pgqueue.marks m where m.subscription_id = next_due.subscription_id
+  ));
+begin
+  return least(
+    (select r.due_at from pgqueue.retries r
+     where r.subscription_id = next_due.subscription_id and r.key_hash is null
+       and r.due_at > v_after and r.due_at < 'infinity'
+     order by r.due_at limit 1),
+    (select r.due_at from pgqueue.retries r
+     where r.subscription_id = next_due.subscription_id and r.key_hash is not null
+       and r.due_at > v_after and r.due_at < 'infinity'
+     order by r.due_at limit 1)
+  );
+end $$;
+
+-- Whether messages block until they are redriven, or may do so.
+create function pgqueue.something_blocks(subscription_id int) returns boolean
+language plpgsql
+as $$
+begin
+  return exists (
+    select from pgqueue.lanes l cross join lateral (
+      select from pgqueue.held_keys h
+      where h.subscription_id = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
+      limit 1
+    ) h
+    where l.subscription_id = something_blocks.subscription_id
+  ) or exists (
+    select from pgqueue.retries r
+    where r.subscription_id = something_blocks.subscription_id and r.key_hash is null
+      and r.due_at = 'infinity'
+  );
+end $$;
+
 -- When the subscription will have something to see to, if it has nothing now;
 -- NULL if there may be something: of messages, up to last_id. The look of those
 -- who wait and poll: cheap.
@@ -13,15 +55,11 @@ declare
   v_last_id bigint := pgqueue.last_id();
 begin
   select least(
-    (select r.due_at from pgqueue.retries r
-     where r.subscription_id = next_event.subscription_id order by r.due_at limit 1),
-    min(e.deadline),
-    'infinity'
+    pgqueue.next_due(next_event.subscription_id), min(e.deadline), 'infinity'
   ) into v_at
   from pgqueue.leases e
   where e.subscription_id = next_event.subscription_id and e.receipt > (
-    select max(l.receipt_low) from pgqueue.lanes l
-    where l.subscription_id = next_event.subscription_id
+    select m.receipt_low from pgqueue.marks m where m.subscription_id = next_event.subscription_id
   )
   having bool_or(
     case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end
@@ -54,12 +92,11 @@ as $$
 declare
   v_now timestamptz := clock_timestamp();
   v_receipt_low bigint := (
-    select max(l.receipt_low) from pgqueue.lanes l where l.subscription_id = s.subscription_id
+    select m.receipt_low from pgqueue.marks m where m.subscription_id = s.subscription_id
   );
 begin
   select least(
-    (select min(r.due_at) from pgqueue.retries r
-     where r.subscription_id = s.subscription_id and r.due_at > v_now),
+    pgqueue.next_due(s.subscription_id, v_now),
     (select min(e.deadline) from pgqueue.leases e
      where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
        and e.deadline > v_now),
@@ -68,10 +105,7 @@ begin
     -- only in total order does a message that waits hold up the rest: elsewhere
     -- it would be in retries, were it not in another transaction's hands
     not d.is_leased and ((d.not_before > v_now) is not true or s.ordering <> 'total')
-  ), false) or exists (
-    select from pgqueue.retries r
-    where r.subscription_id = s.subscription_id and r.due_at <= v_now
-  ) or exists (
+  ), false) or pgqueue.next_due(s.subscription_id) <= v_now or exists (
     select from pgqueue.leases e
     where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
       and e.deadline <= v_now
@@ -83,6 +117,7 @@ begin
       select from pgqueue.leases e
       where e.subscription_id = l.subscription_id and e.receipt > v_receipt_low
         and e.lane = l.lane and e.lane > 0 and e.key_hash is null
+      offset 0
     ) as is_leased
     from pgqueue.deliveries d
     where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
@@ -99,7 +134,7 @@ create function pgqueue.poll_by_turns(subscription_id int, poll interval) return
 language plpgsql
 as $$
 declare
-  v_seat int := nullif(current_setting(pgqueue.seat_setting(subscription_id), true), '')::int;
+  v_seat int := pgqueue.seat_of_session(subscription_id);
   v_waiting int := 1;
   v_before_us int := 0;
   v_turn float8;

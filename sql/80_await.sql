@@ -76,7 +76,9 @@ begin
   v_last_id := pgqueue.last_id();
   v_event := pgqueue.next_event(v_subscription.subscription_id, v_looks_up_to);
   if not v_in_flight then
-    v_sleep := pgqueue.poll_by_turns(v_subscription.subscription_id, poll);
+    if v_event > clock_timestamp() + poll then
+      v_sleep := pgqueue.poll_by_turns(v_subscription.subscription_id, poll);
+    end if;
     perform set_config(
       pgqueue.waiting_setting(v_subscription.subscription_id),
       concat_ws(
@@ -86,9 +88,9 @@ begin
       false
     );
     -- what blocks may be redriven without a number being drawn
-    if v_quiet and v_event = 'infinity' and v_looks_up_to >= v_last_id and not exists (
-      select from pgqueue.retries r where r.subscription_id = v_subscription.subscription_id
-    ) then
+    if v_quiet and v_event = 'infinity' and v_looks_up_to >= v_last_id
+      and not pgqueue.something_blocks(v_subscription.subscription_id)
+    then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
       perform set_config(
         'pgqueue.idle_crowd',

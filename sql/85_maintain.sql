@@ -1,88 +1,4 @@
--- Housekeeping. No daemon: whoever fetches or waits does what is due.
-
--- Advances a lane's low-water marks, takes back leases that ended, and lets go
--- of keys that are held without need. Skipped when another transaction is at it. delivered: the caller just took something.
---
--- low stays below whatever is or may come back in the lane: what is not
--- settled, what waits (seen by a plain read, so also what another transaction
--- has taken but not committed) and, in an ordered lane, what is leased. So does
--- receipt_low, below whatever lease there is or may be.
-create function pgqueue.tend(subscription_id int, lane smallint, delivered boolean) returns void
-language plpgsql
-as $$
-#variable_conflict use_column
-declare
-  v_lane pgqueue.lanes;
-  v_settled bigint;
-  v_settled_receipts bigint;
-  v_first_id bigint;
-  v_leased_id bigint;
-  v_first_receipt bigint;
-  v_low bigint;
-  v_new_run boolean;
-begin
-  select l.* into v_lane from pgqueue.lanes l
-  where l.subscription_id = tend.subscription_id and l.lane = tend.lane
-  for update skip locked;
-  if not found then
-    return;
-  end if;
-  v_settled := pgqueue.settled();
-  v_settled_receipts := pgqueue.settled_by_floors(pgqueue.last_receipt(), of_receipts => true);
-  -- in one statement: a requeue moves a message from the one to the other
-  select
-    (select d.message_id from pgqueue.deliveries d
-     where d.subscription_id = tend.subscription_id and d.lane = tend.lane
-       and d.message_id > v_lane.low
-     order by d.message_id limit 1),
-    min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hash is null),
-    min(e.receipt)
-  into v_first_id, v_leased_id, v_first_receipt
-  from pgqueue.leases e
-  where e.subscription_id = tend.subscription_id and e.receipt > v_lane.receipt_low;
-  v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
-  update pgqueue.lanes l set
-    low = v_low,
-    receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
-    -- in vain: something old is in the way, which will not go within milliseconds
-    tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
-    last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
-  where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
-  perform pgqueue.reclaim(subscription_id, 100);
-  perform pgqueue.release_idle_keys(subscription_id, lane);
-
-  v_new_run := v_low >> 16 > v_lane.low >> 16;
-  if (v_new_run or v_first_id is null)
-    and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
-  then
-    if v_new_run then
-      perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
-    end if;
-    perform pgqueue.recycle_deliveries();
-  end if;
-end $$;
-
--- A consumer's housekeeping comes with the commit of a lease: its locks last to
--- the end of the transaction, in which a handler may run for long. Never in a
--- restore, where what the low-water mark goes by is loaded in any order.
-create function pgqueue.tend_at_commit() returns trigger
-language plpgsql security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-set plan_cache_mode = force_generic_plan
-as $$
-begin
-  perform pgqueue.tend(new.subscription_id, new.lane, true);
-  delete from pgqueue.tending t
-  where t.subscription_id = new.subscription_id and t.lane = new.lane;
-  return null;
-end $$;
-
-create constraint trigger tend_at_commit after insert on pgqueue.tending
-deferrable initially deferred
-for each row execute function pgqueue.tend_at_commit();
+-- Housekeeping of the whole: giving back space, and all there is, at once.
 
 -- Whether a delivery refers to a message of the leaf. One statement, so that a
 -- delivery that moves between the tables meanwhile is seen in one of them.
@@ -106,21 +22,22 @@ begin
           and d.message_id >= run << 16 and d.message_id < (run + 1) << 16
         limit 1
       ) d
+    ) or exists (
+      select from pgqueue.subscriptions s cross join lateral (
+        select from pgqueue.retries r
+        where r.subscription_id = s.subscription_id
+          and r.message_id >= run << 16 and r.message_id < (run + 1) << 16
+        limit 1
+      ) r
     )
   ) or exists (
-    select from (
-      select l.subscription_id, max(l.receipt_low) as receipt_low
-      from pgqueue.lanes l join pgqueue.subscriptions s using (subscription_id)
-      group by l.subscription_id
-    ) s cross join lateral (
+    select from pgqueue.marks m join pgqueue.subscriptions s using (subscription_id)
+    cross join lateral (
       select from pgqueue.leases e, unnest(e.message_ids) i
-      where e.subscription_id = s.subscription_id and e.receipt > s.receipt_low
+      where e.subscription_id = m.subscription_id and e.receipt > m.receipt_low
         and ((i >> 16) & 3) = leaf
       limit 1
     ) e
-  ) or exists (
-    select from pgqueue.retries r join pgqueue.subscriptions s using (subscription_id)
-    where ((r.message_id >> 16) & 3) = leaf
   );
 end $$;
 
@@ -172,8 +89,9 @@ begin
   begin
     if v_bytes < 33554432 then
       lock table pgqueue.deliveries in access exclusive mode nowait;
+    else
+      lock table pgqueue.deliveries in access exclusive mode;
     end if;
-    lock table pgqueue.deliveries in access exclusive mode;
   exception when lock_not_available or deadlock_detected then
     return;
   end;

@@ -99,7 +99,10 @@ def status(connection: Connection, subscription: str = "s") -> dict[str, Any]:
 
 def let_pass(connection: Connection, interval: str) -> None:
     """Make everything that waits for a time wait shorter by the interval, without sleeping."""
+    # past the trigger, for which nothing may be due in the past
+    connection.execute("set session_replication_role = replica")
     for table, moment in (
+        ("lanes", "due_low"),
         ("retries", "due_at"),
         ("retries", "expires_at"),
         ("deliveries", "not_before"),
@@ -115,6 +118,7 @@ def let_pass(connection: Connection, interval: str) -> None:
             f" where {moment} is not null",
             [interval],
         )
+    connection.execute("reset session_replication_role")
 
 
 def receive_all(connection: Connection, subscription: str = "s", at_a_time: int = 1) -> list[Any]:

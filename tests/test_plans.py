@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from .calls import ack, requeue
 from .helpers import Connection, column, fetch_pending, publish, receive, subscribe
 from .servers import Database
 
@@ -20,6 +22,8 @@ FEW_ROWS = 500
 SCANS_OF_MEMORY = {"Function Scan", "Named Tuplestore Scan", "CTE Scan", "Values Scan"}
 # Marks the statements of the tests themselves.
 OURS = "/* not of pgqueue */ "
+# What the mark of retries stays behind the clock, and a little more.
+MARGIN_SECONDS = 1.2
 
 
 @dataclass
@@ -192,28 +196,87 @@ def test_fan_out_reads_only_the_subscriptions_of_the_topic(plans: Plans) -> None
         connection.execute("analyze")
 
 
-def test_leases_that_are_dead_rows_are_not_read(plans: Plans, database: Database) -> None:
+def test_a_key_that_is_held_is_looked_up_among_many(plans: Plans) -> None:
+    connection = plans.connection
+    subscribe(connection, "by key", ordering="key", lanes=1, retry_delay="1 hour")
+
+    def fail_and_hold(connection: Connection) -> None:
+        for _ in range(7):
+            for _ in range(3):
+                connection.execute("select pgqueue.publish('t', '1', key => 'fails')")
+                connection.execute("select pgqueue.publish('t', '1', key => random()::text)")
+            messages = receive(connection, "by key", 10)
+            failed = [message for message in messages if message.key == "fails"]
+            good = [message for message in messages if message.key != "fails"]
+            if failed:
+                requeue(connection, failed)
+            assert ack(connection, good) == 3
+
+    connection.execute("analyze")
+    # plans that are made now stay
+    fail_and_hold(connection)
+    connection.execute(
+        "insert into pgqueue.held_keys (subscription_id, lane, key_hash)"
+        " select subscription_id, 1, i from pgqueue.subscriptions, generate_series(1, 10000) i"
+        " where ordering = 'key'"
+    )
+    connection.execute(
+        "insert into pgqueue.retries"
+        " (subscription_id, due_at, message_id, attempts, alone, key_hash)"
+        " select subscription_id, now() + '1 hour', -key_hash, 1, false, key_hash"
+        " from pgqueue.held_keys"
+    )
+    # the look for keys that are held without need reads them all, once a second
+    connection.execute(
+        "update pgqueue.lanes set tended_at = 'infinity', last_delivered_at = 'infinity'"
+    )
+
+    assert faults(plans.of(fail_and_hold)) == set()
+    connection.execute("analyze")
+    assert faults(plans.of(fail_and_hold)) == set()
+
+
+# Rows of each table, and the mark that passes them when they are dead.
+DEAD_ROWS = {
+    "leases": (
+        "(subscription_id, lane, first_id, message_ids, attempts, deadline)"
+        " select subscription_id, lane, 1, array[i], array[1], now()",
+        "receipt_low = 0",
+    ),
+    "retries": (
+        "(subscription_id, due_at, message_id, attempts, alone)"
+        " select subscription_id, now(), 10000 * lane + i, 1, false",
+        "due_low = '-infinity'",
+    ),
+    "held_keys": (
+        "(subscription_id, lane, key_hash) select subscription_id, lane, 10000 * lane + i",
+        "hold_low = 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("table", DEAD_ROWS)
+def test_dead_rows_are_not_read(plans: Plans, database: Database, table: str) -> None:
     """An old snapshot keeps VACUUM, and index scans, from removing them."""
     connection = plans.connection
     subscribe(connection, "by key", ordering="key")
+    rows, begin = DEAD_ROWS[table]
     with database.connect() as reader:
         reader.execute("set transaction isolation level repeatable read")
         reader.execute("select")
         connection.execute(
-            "insert into pgqueue.leases"
-            " (subscription_id, lane, first_id, message_ids, attempts, deadline)"
-            " select subscription_id, lane, 1, array[i], array[1], now()"
-            " from pgqueue.lanes, generate_series(1, 2000) i"
+            f"insert into pgqueue.{table} {rows} from pgqueue.lanes, generate_series(1, 2000) i"
         )
-        connection.execute("delete from pgqueue.leases")
+        connection.execute(f"delete from pgqueue.{table}")
+        time.sleep(MARGIN_SECONDS)
         connection.execute("select pgqueue.maintain()")
-        assert blocks_of_leases(plans) < 50
-        connection.execute("update pgqueue.lanes set receipt_low = 0")
-        assert blocks_of_leases(plans) > 200
+        assert blocks_of(table, plans) < 50
+        connection.execute(f"update pgqueue.lanes set {begin}")
+        assert blocks_of(table, plans) > 200
 
 
-def blocks_of_leases(plans: Plans) -> int:
-    """The most blocks that a consumer's statement reads for the leases of a subscription."""
+def blocks_of(table: str, plans: Plans) -> int:
+    """The most blocks that a consumer's statement reads of the table."""
 
     def consume_all(connection: Connection) -> None:
         for name in column(connection, OURS + "select subscription from pgqueue.subscriptions"):
@@ -227,6 +290,6 @@ def blocks_of_leases(plans: Plans) -> int:
         node["Shared Hit Blocks"] + node["Shared Read Blocks"]
         for plan in plans.of(consume_all)
         for node in nodes(plan["Plan"])
-        if node.get("Relation Name") == "leases" and node["Node Type"] != "ModifyTable"
+        if node.get("Relation Name") == table and node["Node Type"] != "ModifyTable"
     )
     return int(blocks)

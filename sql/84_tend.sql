@@ -1,0 +1,101 @@
+-- The housekeeping of a lane. No daemon: whoever fetches or waits does what is due.
+
+-- Advances a lane's low-water marks, takes back leases that ended, and lets go
+-- of keys that are held without need. Skipped when another transaction is at it.
+-- delivered: the caller just took something.
+--
+-- low stays below whatever is or may come back in the lane: what is not
+-- settled, what waits (seen by a plain read, so also what another transaction
+-- has taken but not committed) and, in an ordered lane, what is leased. So do
+-- the other marks, below whatever lease, held key or retry there is or may be.
+create function pgqueue.tend(subscription_id int, lane smallint, delivered boolean) returns void
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_lane pgqueue.lanes;
+  v_settled bigint;
+  v_settled_receipts bigint;
+  v_settled_due timestamptz;
+  v_first_id bigint;
+  v_leased_id bigint;
+  v_first_receipt bigint;
+  v_first_hold bigint;
+  v_first_due timestamptz;
+  v_low bigint;
+  v_new_run boolean;
+begin
+  select l.* into v_lane from pgqueue.lanes l
+  where l.subscription_id = tend.subscription_id and l.lane = tend.lane
+  for update skip locked;
+  if not found then
+    return;
+  end if;
+  v_settled := pgqueue.settled();
+  v_settled_receipts := pgqueue.settled_by_floors(pgqueue.last_receipt(), 'receipt');
+  -- a second less, for clocks that are set back a little
+  v_settled_due := to_timestamp(pgqueue.settled_by_floors(pgqueue.hundredths(), 'due') / 100.0 - 1);
+  if v_lane.tended_at < date_bin('10 min', clock_timestamp(), 'epoch') then
+    v_lane.due_low := '-infinity';
+  end if;
+  -- in one statement: a requeue moves a message from the one to the other
+  select
+    (select d.message_id from pgqueue.deliveries d
+     where d.subscription_id = tend.subscription_id and d.lane = tend.lane
+       and d.message_id > v_lane.low
+     order by d.message_id limit 1),
+    min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hash is null),
+    min(e.receipt),
+    (select h.hold from pgqueue.held_keys h
+     where h.subscription_id = tend.subscription_id and h.lane = tend.lane
+       and h.hold > v_lane.hold_low
+     order by h.hold limit 1),
+    pgqueue.next_due(tend.subscription_id, v_lane.due_low)
+  into v_first_id, v_leased_id, v_first_receipt, v_first_hold, v_first_due
+  from pgqueue.leases e
+  where e.subscription_id = tend.subscription_id and e.receipt > v_lane.receipt_low;
+  v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
+  update pgqueue.lanes l set
+    low = v_low,
+    receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
+    hold_low = greatest(l.hold_low, least(v_settled_receipts, v_first_hold - 1)),
+    due_low = greatest(v_lane.due_low, least(v_settled_due, v_first_due - interval '1 us')),
+    -- in vain: something old is in the way, which will not go within milliseconds
+    tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
+    last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
+  where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
+  perform pgqueue.reclaim(subscription_id, 100);
+  perform pgqueue.release_idle_keys(subscription_id, lane);
+
+  v_new_run := v_low >> 16 > v_lane.low >> 16;
+  if (v_new_run or v_first_id is null)
+    and pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0)
+  then
+    if v_new_run then
+      perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
+    end if;
+    perform pgqueue.recycle_deliveries();
+  end if;
+end $$;
+
+-- A consumer's housekeeping comes with the commit of a lease: its locks last to
+-- the end of the transaction, in which a handler may run for long. Never in a
+-- restore, where what the low-water mark goes by is loaded in any order.
+create function pgqueue.tend_at_commit() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  perform pgqueue.tend(new.subscription_id, new.lane, true);
+  delete from pgqueue.tending t
+  where t.subscription_id = new.subscription_id and t.lane = new.lane;
+  return null;
+end $$;
+
+create constraint trigger tend_at_commit after insert on pgqueue.tending
+deferrable initially deferred
+for each row execute function pgqueue.tend_at_commit();

@@ -1,0 +1,119 @@
+"""Marks below which a look does not begin pass nothing that is yet to be committed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from .calls import put, requeue
+from .helpers import Connection, one, payloads, publish, receive, subscribe
+from .servers import Database
+
+with_and_without_floors = pytest.mark.parametrize("with_floors", [True, False])
+# What a mark stays behind the clock, and a little more.
+MARGIN_SECONDS = 1.2
+
+
+def take_out_floors(connection: Connection, kind: str) -> None:
+    connection.execute(
+        {
+            "due": "create or replace function pgqueue.take_due_floor() returns bigint"
+            " language sql volatile return pgqueue.hundredths()",
+            "receipt": "create or replace function pgqueue.lock_receipt_floor(floor bigint)"
+            " returns boolean language sql volatile return true",
+        }[kind]
+    )
+
+
+def advance(connection: Connection) -> None:
+    connection.execute("select pgqueue.maintain()")
+
+
+@with_and_without_floors
+def test_a_retry_that_commits_late_comes_at_once(database: Database, with_floors: bool) -> None:
+    connection, slow = database.connect(autocommit=True), database.connect()
+    if not with_floors:
+        take_out_floors(connection, "due")
+    subscribe(connection, "s")
+    publish(connection)
+    messages = receive(connection, "s")
+    requeue(slow, messages)
+    time.sleep(MARGIN_SECONDS)
+    advance(connection)
+    slow.commit()
+    assert payloads(receive(connection, "s")) == ([1] if with_floors else [])
+
+
+@with_and_without_floors
+def test_a_key_that_is_held_late_holds_what_comes_after(
+    database: Database, with_floors: bool
+) -> None:
+    connection, slow = database.connect(autocommit=True), database.connect()
+    if not with_floors:
+        take_out_floors(connection, "receipt")
+    subscribe(connection, "s", ordering="key", retry_delay="1 hour")
+    put(connection, 1, "k")
+    messages = receive(connection, "s")
+    put(connection, 2, "k")
+    requeue(slow, messages)
+    advance(connection)
+    slow.commit()
+    assert payloads(receive(connection, "s")) == ([] if with_floors else [2])
+
+
+def test_marks_pass_what_is_done(database: Database) -> None:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s", ordering="key", lanes=1)
+    put(connection, 1, "k")
+    requeue(connection, receive(connection, "s"))
+    hold = one(connection, "select hold from pgqueue.held_keys")
+    due_at = one(connection, "select due_at from pgqueue.retries")
+    advance(connection)
+    assert one(connection, "select hold_low from pgqueue.lanes where lane = 1") < hold
+    time.sleep(MARGIN_SECONDS)
+    (message,) = receive(connection, "s")
+    connection.execute("select pgqueue.ack(%s)", [message.receipt])
+    advance(connection)
+    assert one(connection, "select hold_low from pgqueue.lanes where lane = 1") >= hold
+    assert one(connection, "select min(due_low) from pgqueue.lanes") > due_at
+
+
+def test_a_retry_may_not_be_due_in_the_past(database: Database) -> None:
+    """Somebody may just have passed that time, and nothing else says that one comes."""
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    publish(connection)
+    with connection.transaction():
+        requeue(connection, receive(connection, "s"))
+        time.sleep(0.1)
+        connection.execute("update pgqueue.retries set due_at = '-infinity'")
+        floor = one(connection, "select to_timestamp(pgqueue.take_due_floor() / 100.0)")
+        assert one(connection, "select due_at from pgqueue.retries") == floor
+
+
+@pytest.mark.parametrize(("ahead", "age"), [("1 hour", "-1 hour"), ("1 min", "2 min")])
+def test_a_clock_that_was_set_back_hides_no_retry(database: Database, ahead: str, age: str) -> None:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    publish(connection)
+    requeue(connection, receive(connection, "s"))
+    connection.execute(
+        "update pgqueue.lanes set due_low = clock_timestamp() + %s::interval,"
+        " tended_at = clock_timestamp() - %s::interval",
+        [ahead, age],
+    )
+    assert payloads(receive(connection, "s")) == [1]
+
+
+def test_the_mark_of_retries_begins_anew_now_and_then(database: Database) -> None:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    publish(connection)
+    requeue(connection, receive(connection, "s"))
+    connection.execute(
+        "update pgqueue.lanes set due_low = clock_timestamp(),"
+        " tended_at = clock_timestamp() - '10 min'::interval"
+    )
+    advance(connection)
+    assert payloads(receive(connection, "s")) == [1]
