@@ -171,9 +171,16 @@ begin
   end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner);
-    if v_found or split_part(v_registered, ' ', 4) not in ('', '-') then
-      perform pgqueue.wake_next(v_subscription.subscription_id, v_found);
+    if v_found then
+      perform pgqueue.wake_next(v_subscription.subscription_id, true);
       perform pgqueue.set_not_waiting(v_subscription.subscription_id, false);
+    elsif split_part(v_registered, ' ', 4) not in ('', '-')
+      -- mostly it took all there is, and the last that was published
+      and (v_subscription.ordering = 'none' and v_claim.retry_tids is null
+        and cardinality(v_claim.message_ids) < max_messages
+        and v_claim.message_ids[cardinality(v_claim.message_ids)] = pgqueue.last_id()) is not true
+    then
+      perform pgqueue.wake_next(v_subscription.subscription_id, false);
     end if;
     if v_claim.retry_tids is null
       and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16

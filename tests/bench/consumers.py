@@ -27,15 +27,7 @@ delete from announced where ctid = any (array(
   select ctid from announced order by message_id limit {BATCH} for update skip locked
 )) returning message_id, payload
 """
-# The same with the row of a lease.
-TAKE = f"""
-with taken as (
-  {FETCH}
-), lease as (
-  insert into leases (message_ids) select array_agg(message_id) from taken
-)
-select message_id, payload from taken
-"""
+TAKE = "select taken_payload from take('s') where taken_receipt is not null"
 # What a listener reads that keeps what it has read: again some of the last, which others may have
 # committed in the meantime.
 READ = "select message_id, payload from announced where message_id > %s - 20 order by message_id"
@@ -66,6 +58,11 @@ def hopping(database: Database, consumers: int) -> AbstractContextManager[Record
     Besides it so many less one that listen to another channel.
     """
     return running(_hop, database, consumers)
+
+
+def hopping_in_asyncio(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """The same, of one listener, with psycopg's AsyncConnection."""
+    return running(_hop_in_asyncio, database, consumers)
 
 
 def taking(database: Database, consumers: int) -> AbstractContextManager[Records]:
@@ -188,6 +185,26 @@ def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
                 records.append((payload, now))
 
 
+def _hop_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
+    async def hop() -> None:
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            await connection.execute("listen bare")
+            cursor = await connection.execute("select coalesce(max(message_id), 0) from announced")
+            ((last,),) = await cursor.fetchall()
+            started.set()
+            while True:
+                async for _ in connection.notifies(timeout=1, stop_after=1):
+                    pass
+                cursor = await connection.execute(READ, [last])
+                rows = await cursor.fetchall()
+                now = time.monotonic()
+                for message_id, payload in rows:
+                    last = max(last, message_id)
+                    records.append((payload, now))
+
+    asyncio.run(hop())
+
+
 def _take(dsn: str, number: int, started: Event, records: Records) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         # as pgqueue's receive, where nothing is acked
@@ -198,6 +215,5 @@ def _take(dsn: str, number: int, started: Event, records: Records) -> None:
         while True:
             for _ in connection.notifies(timeout=1, stop_after=1):
                 pass
-            rows = connection.execute(TAKE).fetchall()
-            now = time.monotonic()
-            records.extend((payload, now) for _, payload in rows)
+            while taken := connection.execute(TAKE).fetchone():
+                records.append((taken[0], time.monotonic()))

@@ -18,12 +18,14 @@ from .servers import Database, Lab
 CONNECTIONS = 8
 CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
-TAKING = "a hop that takes the message"
+TAKING = "raw hop, 6 statements in a function"
+ASYNCIO = "raw hop, asyncio"
 LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
 
 PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
+PUT = "select put('t', to_jsonb(%s::int)), pg_notify('bare', '')"
 ANNOUNCE = "insert into announced (topic, payload) values ('t', to_jsonb(%s::int))"
 
 Handling = Callable[[Database, int], AbstractContextManager[consumers.Records]]
@@ -54,20 +56,25 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             queue.execute("select pgqueue.subscribe('s', 't')")
             queue.execute("select pgqueue.subscribe('other', 'other')")
             turns: dict[str, Turn] = {
-                "raw hop": _turn(bare, consumers.hopping, queue, rate, 1, busy, scale),
-                TAKING: _turn(bare, consumers.taking, queue, rate, 1, busy, scale),
-                LISTENING: _turn(bare, consumers.hopping, queue, rate, CONSUMERS[-1], busy, scale),
+                name: _turn(bare, publish, handle, queue, rate, number, busy, scale)
+                for name, publish, handle, number in (
+                    ("raw hop", ANNOUNCE, consumers.hopping, 1),
+                    (ASYNCIO, ANNOUNCE, consumers.hopping_in_asyncio, 1),
+                    (TAKING, PUT, consumers.taking, 1),
+                    (LISTENING, ANNOUNCE, consumers.hopping, CONSUMERS[-1]),
+                )
             }
             turns |= {
                 f"pgqueue, {number} waiting": _turn(
-                    queue, consumers.handling, queue, rate, number, busy, scale
+                    queue, PUBLISH, consumers.handling, queue, rate, number, busy, scale
                 )
                 for number in CONSUMERS
             }
             title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
             contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
-        ratio = contest.ratio(TAKING, "raw hop")
-        report.figure(f"limit of the median: {TAKING} / raw hop: {ratio:.2f}")
+        for name in (ASYNCIO, TAKING):
+            ratio = contest.ratio(name, "raw hop")
+            report.figure(f"limit of the median: {name} / raw hop: {ratio:.2f}")
         report.figure(
             f"limit with {CONSUMERS[-1]} waiting, if each message had its NOTIFY: median"
             f" {contest.ratio(LISTENING, 'raw hop'):.2f} raw hops,"
@@ -91,6 +98,7 @@ def _rounds(scale: Scale) -> int:
 
 def _turn(
     database: Database,
+    publish: str,
     handle: Handling,
     queue: Database,
     rate: int,
@@ -100,7 +108,6 @@ def _turn(
 ) -> Turn:
     def measure() -> Sample:
         load.settle(queue)
-        publish = PUBLISH if database is queue else ANNOUNCE
         with (
             _others(queue, scale) if busy else nullcontext(),
             handle(database, number) as handled,

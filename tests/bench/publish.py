@@ -52,6 +52,8 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 contest.ratio("pgqueue", NOTIFYING),
                 at_least=3,
             )
+            limit = contest.ratio(IN_A_FUNCTION, NOTIFYING)
+            report.figure(f"limit: {IN_A_FUNCTION} / {NOTIFYING}: {limit:.2f}")
     _with_consumers(lab, report, scale)
 
 

@@ -77,7 +77,14 @@ create trigger announce after insert on announced
 for each statement execute function announce();
 
 -- A queue without its rules: what a call of a function costs that writes a message and a row that
--- waits, and of one that takes a message under a lease, and acks the last.
+-- waits; and of one with the statements that it takes, at the least, to ack the last lease, and to
+-- take a message of a subscription under another, with a mark of where to begin and retries.
+create table subscriptions (subscription text primary key, subscription_id int);
+insert into subscriptions values ('s', 1);
+create table lanes (subscription_id int primary key, low bigint);
+insert into lanes values (1, 0);
+create table retries (subscription_id int, due_at timestamptz, message_id bigint);
+create index on retries (subscription_id, due_at, message_id);
 create function put(topic text, payload jsonb) returns bigint
 language plpgsql security definer set search_path = public, pg_temp
 as $$
@@ -90,20 +97,38 @@ begin
   insert into waiting (subscription_id, message_id) values (1, v_id);
   return v_id;
 end $$;
-create function take(last_receipt bigint, out taken_receipt bigint, out taken_payload jsonb)
+create function take(subscription text, last_receipt bigint default null,
+  out taken_receipt bigint, out taken_payload jsonb)
 language plpgsql security definer set search_path = public, pg_temp
 as $$
+#variable_conflict use_column
 declare
-  v_id bigint;
+  v_subscription_id int;
+  v_low bigint;
+  v_due bigint;
   v_tid tid;
+  v_id bigint;
 begin
+  select s.subscription_id into v_subscription_id
+  from subscriptions s where s.subscription = take.subscription;
   delete from leases where receipt = last_receipt;
-  select message_id, ctid, payload into v_id, v_tid, taken_payload
-  from messages order by message_id limit 1 for update skip locked;
-  with taken as (
-    delete from messages where ctid = v_tid
-  )
-  insert into leases (message_ids) values (array[v_id]) returning receipt into taken_receipt;
+  select l.low, r.message_id into v_low, v_due
+  from lanes l left join lateral (
+    select r.message_id from retries r
+    where r.subscription_id = l.subscription_id and r.due_at <= now() order by r.due_at limit 1
+  ) r on true
+  where l.subscription_id = v_subscription_id;
+  select w.ctid, w.message_id into v_tid, v_id
+  from waiting w
+  where w.subscription_id = v_subscription_id and w.lane = 0 and w.message_id > v_low
+  order by w.message_id limit 1 for update skip locked;
+  if found then
+    with taken as (
+      delete from waiting where ctid = v_tid
+    )
+    insert into leases (message_ids) values (array[v_id]) returning receipt into taken_receipt;
+    select m.payload into taken_payload from messages m where m.message_id = v_id;
+  end if;
 end $$;
 """
 
