@@ -165,7 +165,7 @@ create trigger before_hold before insert on pgqueue.held_keys
 for each statement execute function pgqueue.before_hold();
 
 -- And so have the times when retries are due, in hundredths of a second: what a
--- transaction brings is due no earlier than its floor.
+-- transaction brings is due no earlier than when it had its floor, which it returns.
 create function pgqueue.take_due_floor() returns bigint
 language plpgsql
 as $$
@@ -181,8 +181,9 @@ begin
   while not pg_try_advisory_xact_lock_shared(pgqueue.due_floor_locks(), pgqueue.floor_key(v_floor)) loop
     v_floor := v_floor - 1;
   end loop;
-  perform set_config('pgqueue.due_floor', v_xid || ':' || v_floor, true);
-  return v_floor;
+  -- who looked at the locks before we had ours read the clock before, too
+  v_taken := set_config('pgqueue.due_floor', v_xid || ':' || pgqueue.hundredths(), true);
+  return split_part(v_taken, ':', 2)::bigint;
 end $$;
 
 -- Clocks may be set back, or lag behind another server's: the mark holds for a

@@ -92,6 +92,21 @@ def test_a_retry_may_not_be_due_in_the_past(database: Database) -> None:
         assert one(connection, "select due_at from pgqueue.retries") == floor
 
 
+def test_a_retry_is_due_no_earlier_than_its_floor_can_be_seen(database: Database) -> None:
+    """A mark that moved while a transaction was about to lock its floor is not above it."""
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    publish(connection)
+    messages = receive(connection, "s")
+    connection.execute(
+        "create or replace function pgqueue.floor_key(floor bigint) returns int language sql"
+        " return case when pg_sleep(0.3) is not null then (floor & 1073741823)::int end"
+    )
+    before = one(connection, "select clock_timestamp()")
+    requeue(connection, messages)
+    assert one(connection, "select due_at - %s > '0.28 s' from pgqueue.retries", before)
+
+
 @pytest.mark.parametrize(("ahead", "age"), [("1 hour", "-1 hour"), ("1 min", "2 min")])
 def test_a_clock_that_was_set_back_hides_no_retry(database: Database, ahead: str, age: str) -> None:
     connection = database.connect(autocommit=True)
