@@ -54,9 +54,9 @@ comment on table pgqueue.subscriptions is 'One row per subscription: its topic a
 -- hashes, and lane 0 for messages without a key. low is a hint for speed: no
 -- delivery of the lane, waiting, leased or yet to appear, has message_id <= low,
 -- so index scans start there and not at the dead entries that VACUUM could not
--- remove yet. So do hold_low for the lane's held keys, and receipt_low and due_low
--- for the leases and retries of the whole subscription. A row is updated about
--- once a second at most, for updates leave dead rows too.
+-- remove yet. So do hold_low for the lane's held keys, receipt_low for the leases of
+-- the whole subscription, and in lane 0 due_low for all its retries. A row is
+-- updated about once a second at most, for updates leave dead rows too.
 create table pgqueue.lanes (
   subscription_id int not null,
   lane smallint not null,
@@ -64,6 +64,7 @@ create table pgqueue.lanes (
   receipt_low bigint not null default 0,
   hold_low bigint not null default 0,
   due_low timestamptz not null default '-infinity',
+  due_tended_at timestamptz not null default '-infinity',
   tended_at timestamptz not null default '-infinity',
   last_delivered_at timestamptz not null default '-infinity',
   last_ack_at timestamptz not null default '-infinity',
@@ -186,7 +187,7 @@ create table pgqueue.held_keys (
   key_hash int not null,
   lane smallint not null,
   receipt bigint,
-  hold bigint not null default nextval('pgqueue.receipts'),
+  hold bigint not null,
   -- beginning with another column each, so that neither index serves both looks:
   -- the planner takes the wrong one when its statistics are old
   primary key (key_hash, subscription_id)

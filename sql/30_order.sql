@@ -158,11 +158,12 @@ language plpgsql
 as $$
 begin
   perform pgqueue.take_receipt_floor();
-  return null;
+  new.hold := nextval('pgqueue.receipts');
+  return new;
 end $$;
 
 create trigger before_hold before insert on pgqueue.held_keys
-for each statement execute function pgqueue.before_hold();
+for each row execute function pgqueue.before_hold();
 
 -- And so have the times when retries are due, in hundredths of a second: what a
 -- transaction brings is due no earlier than when it had its floor, which it returns.
@@ -186,21 +187,30 @@ begin
   return split_part(v_taken, ':', 2)::bigint;
 end $$;
 
--- Clocks may be set back, or lag behind another server's: the mark holds for a
--- minute after its lane was tended, and begins anew every ten minutes.
-create function pgqueue.trusted_due_low(due_low timestamptz, tended_at timestamptz)
+-- Clocks may be set back, or lag behind another server's: then the mark does not
+-- hold, until it is tended, nor longer than a minute without.
+create function pgqueue.trusted_due_low(due_low timestamptz, due_tended_at timestamptz)
 returns timestamptz
 language sql stable
 return case
-  when tended_at > statement_timestamp() - interval '1 min'
-    and tended_at < statement_timestamp() + interval '2 s'
+  when due_tended_at > statement_timestamp() - interval '1 min'
+    and due_tended_at < statement_timestamp() + interval '1 s'
   then due_low else '-infinity' end;
+
+create function pgqueue.due_low_of(subscription_id int) returns timestamptz
+language plpgsql
+as $$
+#variable_conflict use_column
+begin
+  return (
+    select pgqueue.trusted_due_low(l.due_low, l.due_tended_at) from pgqueue.lanes l
+    where l.subscription_id = due_low_of.subscription_id and l.lane = 0
+  );
+end $$;
 
 -- Of all lanes of a subscription, for looks at what belongs to the whole of it.
 create view pgqueue.marks as
-select
-  l.subscription_id, max(l.receipt_low) as receipt_low,
-  max(pgqueue.trusted_due_low(l.due_low, l.tended_at)) as due_low
+select l.subscription_id, max(l.receipt_low) as receipt_low
 from pgqueue.lanes l
 group by l.subscription_id;
 

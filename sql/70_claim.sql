@@ -27,6 +27,7 @@ create function pgqueue.tending_is_due(
 ) returns boolean
 language sql volatile
 return least(tended_at, last_delivered_at) < clock_timestamp() - interval '1 s'
+  or tended_at > clock_timestamp() + interval '1 s'  -- the clock was set back
   or (first_id > low + 4096 and tended_at < clock_timestamp() - interval '50 ms');
 
 -- How many of the messages may be due retries. All, unless the oldest delivery
@@ -58,9 +59,7 @@ language plpgsql
 as $$
 #variable_conflict use_column
 declare
-  v_due_low timestamptz := (
-    select m.due_low from pgqueue.marks m where m.subscription_id = claim_due.subscription_id
-  );
+  v_due_low timestamptz := pgqueue.due_low_of(subscription_id);
 begin
   select r.alone into alone from pgqueue.retries r
   where r.subscription_id = claim_due.subscription_id
@@ -111,7 +110,7 @@ begin
   from pgqueue.lanes l left join lateral (
     select r.alone from pgqueue.retries r
     where r.subscription_id = l.subscription_id
-      and r.due_at > pgqueue.trusted_due_low(l.due_low, l.tended_at) and r.due_at <= v_now
+      and r.due_at > pgqueue.trusted_due_low(l.due_low, l.due_tended_at) and r.due_at <= v_now
       and r.key_hash is null
     order by r.due_at, r.message_id limit 1
   ) r on true

@@ -77,15 +77,13 @@ as $$
 declare
   v_claim pgqueue.claim;
   v_now timestamptz := clock_timestamp();
+  v_due_low timestamptz := pgqueue.due_low_of(s.subscription_id);
   v_due record;
 begin
   for v_due in
     select r.key_hash from pgqueue.retries r
-    where r.subscription_id = s.subscription_id and r.due_at <= v_now
-      and r.due_at > (
-        select m.due_low from pgqueue.marks m where m.subscription_id = s.subscription_id
-      )
-      and r.key_hash is not null
+    where r.subscription_id = s.subscription_id
+      and r.due_at > v_due_low and r.due_at <= v_now and r.key_hash is not null
     order by r.due_at
   loop
     v_claim := pgqueue.claim_held_key(s, v_due.key_hash, max_messages);

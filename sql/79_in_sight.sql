@@ -7,9 +7,7 @@ language plpgsql
 as $$
 #variable_conflict use_column
 declare
-  v_after timestamptz := coalesce(after, (
-    select m.due_low from pgqueue.marks m where m.subscription_id = next_due.subscription_id
-  ));
+  v_after timestamptz := coalesce(after, pgqueue.due_low_of(subscription_id));
 begin
   return least(
     (select r.due_at from pgqueue.retries r

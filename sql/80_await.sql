@@ -108,6 +108,9 @@ begin
       v_sleep := least(v_sleep, greatest(interval '2 ms', v_waited / 2));
     end if;
   end if;
+  if v_event < 'infinity' then
+    perform pgqueue.tend_retries(v_subscription.subscription_id, interval '30 s');
+  end if;
   if v_event is not null and v_looks_again is not true then
     return case when v_event < 'infinity' then least(v_sleep, v_event - clock_timestamp())
       else v_sleep end;

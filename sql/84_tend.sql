@@ -16,12 +16,11 @@ declare
   v_lane pgqueue.lanes;
   v_settled bigint;
   v_settled_receipts bigint;
-  v_settled_due timestamptz;
   v_first_id bigint;
   v_leased_id bigint;
   v_first_receipt bigint;
   v_first_hold bigint;
-  v_first_due timestamptz;
+  v_due_low timestamptz;
   v_low bigint;
   v_new_run boolean;
 begin
@@ -33,10 +32,8 @@ begin
   end if;
   v_settled := pgqueue.settled();
   v_settled_receipts := pgqueue.settled_by_floors(pgqueue.last_receipt(), 'receipt');
-  -- a second less, for clocks that are set back a little
-  v_settled_due := to_timestamp(pgqueue.settled_by_floors(pgqueue.hundredths(), 'due') / 100.0 - 1);
-  if v_lane.tended_at < date_bin('10 min', clock_timestamp(), 'epoch') then
-    v_lane.due_low := '-infinity';
+  if lane = 0 then
+    v_due_low := pgqueue.due_low_now(v_lane);
   end if;
   -- in one statement: a requeue moves a message from the one to the other
   select
@@ -49,9 +46,8 @@ begin
     (select h.hold from pgqueue.held_keys h
      where h.subscription_id = tend.subscription_id and h.lane = tend.lane
        and h.hold > v_lane.hold_low
-     order by h.hold limit 1),
-    pgqueue.next_due(tend.subscription_id, v_lane.due_low)
-  into v_first_id, v_leased_id, v_first_receipt, v_first_hold, v_first_due
+     order by h.hold limit 1)
+  into v_first_id, v_leased_id, v_first_receipt, v_first_hold
   from pgqueue.leases e
   where e.subscription_id = tend.subscription_id and e.receipt > v_lane.receipt_low;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
@@ -59,11 +55,15 @@ begin
     low = v_low,
     receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
     hold_low = greatest(l.hold_low, least(v_settled_receipts, v_first_hold - 1)),
-    due_low = greatest(v_lane.due_low, least(v_settled_due, v_first_due - interval '1 us')),
+    due_low = coalesce(v_due_low, l.due_low),
+    due_tended_at = case when v_due_low is not null then clock_timestamp() else l.due_tended_at end,
     -- in vain: something old is in the way, which will not go within milliseconds
     tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
+  if lane > 0 then
+    perform pgqueue.tend_retries(subscription_id, interval '1 s');
+  end if;
   perform pgqueue.reclaim(subscription_id, 100);
   perform pgqueue.release_idle_keys(subscription_id, lane);
 
@@ -75,6 +75,49 @@ begin
       perform pgqueue.recycle_leaf(leaf) from generate_series(0, 3) leaf;
     end if;
     perform pgqueue.recycle_deliveries();
+  end if;
+end $$;
+
+-- What the due_low of a lane 0 may be now. It stays 1.5 s behind the clock, so that
+-- one that is set back by less than trusted_due_low() notices does no harm. A mark
+-- that is ahead was set by another clock; for what nobody noticed it begins anew every
+-- ten minutes.
+create function pgqueue.due_low_now(l pgqueue.lanes) returns timestamptz
+language plpgsql
+as $$
+declare
+  v_settled timestamptz := to_timestamp(
+    pgqueue.settled_by_floors(pgqueue.hundredths(), 'due') / 100.0 - 1.5
+  );
+  v_start timestamptz := l.due_low;
+begin
+  if v_start > v_settled or l.due_tended_at < date_bin(
+    '10 min', clock_timestamp(), 'epoch'::timestamptz + l.subscription_id % 600 * interval '1 s'
+  ) then
+    v_start := '-infinity';
+  end if;
+  return greatest(
+    v_start,
+    least(v_settled, pgqueue.next_due(l.subscription_id, v_start) - interval '1 us')
+  );
+end $$;
+
+-- Advances the mark of a subscription's retries, if it was not for so long.
+create function pgqueue.tend_retries(subscription_id int, interval_between interval) returns void
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  v_lane pgqueue.lanes;
+begin
+  select l.* into v_lane from pgqueue.lanes l
+  where l.subscription_id = tend_retries.subscription_id and l.lane = 0
+    and (l.due_tended_at > clock_timestamp() - interval_between
+      and l.due_tended_at < clock_timestamp() + interval '1 s') is not true
+  for update skip locked;
+  if found then
+    update pgqueue.lanes l set due_low = pgqueue.due_low_now(v_lane), due_tended_at = clock_timestamp()
+    where l.subscription_id = v_lane.subscription_id and l.lane = 0;
   end if;
 end $$;
 

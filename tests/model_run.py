@@ -27,7 +27,7 @@ TIMES = {
     "deliveries": "not_before expires_at",
     "retries": "due_at expires_at",
     "leases": "leased_at deadline",
-    "lanes": "tended_at last_delivered_at last_ack_at due_low",
+    "lanes": "tended_at last_delivered_at last_ack_at due_low due_tended_at",
     "published_keys": "expires_at",
     "dead_letters": "died_at",
 }

@@ -7,12 +7,21 @@ import time
 import pytest
 
 from .calls import put, requeue
-from .helpers import Connection, one, payloads, publish, receive, subscribe
+from .helpers import (
+    Connection,
+    column,
+    fetch_pending,
+    one,
+    payloads,
+    publish,
+    receive,
+    subscribe,
+)
 from .servers import Database
 
 with_and_without_floors = pytest.mark.parametrize("with_floors", [True, False])
 # What a mark stays behind the clock, and a little more.
-MARGIN_SECONDS = 1.2
+MARGIN_SECONDS = 1.8
 
 
 def take_out_floors(connection: Connection, kind: str) -> None:
@@ -76,7 +85,7 @@ def test_marks_pass_what_is_done(database: Database) -> None:
     connection.execute("select pgqueue.ack(%s)", [message.receipt])
     advance(connection)
     assert one(connection, "select hold_low from pgqueue.lanes where lane = 1") >= hold
-    assert one(connection, "select min(due_low) from pgqueue.lanes") > due_at
+    assert one(connection, "select due_low from pgqueue.lanes where lane = 0") > due_at
 
 
 def test_a_retry_may_not_be_due_in_the_past(database: Database) -> None:
@@ -107,18 +116,45 @@ def test_a_retry_is_due_no_earlier_than_its_floor_can_be_seen(database: Database
     assert one(connection, "select due_at - %s > '0.28 s' from pgqueue.retries", before)
 
 
-@pytest.mark.parametrize(("ahead", "age"), [("1 hour", "-1 hour"), ("1 min", "2 min")])
-def test_a_clock_that_was_set_back_hides_no_retry(database: Database, ahead: str, age: str) -> None:
+@pytest.mark.parametrize("ahead", ["1.2 s", "10 s", "1 hour"])
+@pytest.mark.parametrize("ordering", ["none", "key"])
+def test_a_clock_that_was_set_back_hides_no_retry(
+    database: Database, ordering: str, ahead: str
+) -> None:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s", ordering=ordering)
+    put(connection, 1, "k")
+    put(connection, 2, "other")
+    messages = receive(connection, "s")
+    connection.execute(
+        "update pgqueue.lanes set"
+        " due_low = clock_timestamp() + %(ahead)s::interval - '1.5 s'::interval,"
+        " due_tended_at = clock_timestamp() + %(ahead)s::interval,"
+        " tended_at = clock_timestamp() + %(ahead)s::interval,"
+        " last_delivered_at = clock_timestamp() + %(ahead)s::interval",
+        {"ahead": ahead},
+    )
+    requeue(connection, messages)
+    due_at = one(connection, "select due_at from pgqueue.retries")
+    assert one(connection, "select pgqueue.next_due(1)") == due_at
+    # the next who takes something tends the mark
+    assert len(receive(connection, "s")) == 1
+    assert one(connection, "select due_low from pgqueue.lanes where lane = 0") < due_at
+
+
+def test_a_mark_that_nobody_tends_is_not_relied_on(database: Database) -> None:
     connection = database.connect(autocommit=True)
     subscribe(connection, "s")
     publish(connection)
     requeue(connection, receive(connection, "s"))
-    connection.execute(
-        "update pgqueue.lanes set due_low = clock_timestamp() + %s::interval,"
-        " tended_at = clock_timestamp() - %s::interval",
-        [ahead, age],
+    mark = (
+        "update pgqueue.lanes set tended_at = 'infinity', due_low = clock_timestamp(),"
+        " due_tended_at = clock_timestamp() - %s::interval"
     )
-    assert payloads(receive(connection, "s")) == [1]
+    connection.execute(mark, ["1 s"])
+    assert fetch_pending(connection, "s") == []
+    connection.execute(mark, ["1 min"])
+    assert payloads(fetch_pending(connection, "s")) == [1]
 
 
 def test_the_mark_of_retries_begins_anew_now_and_then(database: Database) -> None:
@@ -126,9 +162,21 @@ def test_the_mark_of_retries_begins_anew_now_and_then(database: Database) -> Non
     subscribe(connection, "s")
     publish(connection)
     requeue(connection, receive(connection, "s"))
+    time.sleep(MARGIN_SECONDS)
     connection.execute(
-        "update pgqueue.lanes set due_low = clock_timestamp(),"
-        " tended_at = clock_timestamp() - '10 min'::interval"
+        "update pgqueue.lanes set due_low = clock_timestamp() - '1.6 s'::interval,"
+        " due_tended_at = clock_timestamp() - '10 min'::interval"
     )
     advance(connection)
     assert payloads(receive(connection, "s")) == [1]
+
+
+def test_a_requeue_locks_no_floor_that_it_does_not_need(database: Database) -> None:
+    connection = database.connect(autocommit=True)
+    subscribe(connection, "s")
+    publish(connection)
+    messages = receive(connection, "s")
+    with connection.transaction():
+        requeue(connection, messages)
+        kinds = column(connection, "select kind from pgqueue.floors where pid = pg_backend_pid()")
+        assert kinds == ["due"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,10 @@ PGMQ_SECONDS = 120
 FLAT = 1.2
 
 HELD = ("a reader's snapshot held", "a writer's transaction held")
-CONTESTANTS = ("order none", "pgmq", "order total", "order key")
+FAILING = "order key, failing"
+CONTESTANTS = ("order none", "pgmq", "order total", "order key", FAILING)
+# of the messages, at their first attempt
+FAILED = 0.05
 
 PUBLISH = (
     "select count(*) from pgqueue.publish_batch("
@@ -42,7 +46,11 @@ PUBLISH = (
 )
 SEND = f"select count(*) from pgmq.send_batch('q', array_fill(:payload::jsonb, array[{BATCH}]))"
 
-RECEIVE = f"select receipt, payload from pgqueue.receive('s', {RECEIVED}, '30 s', %s)"
+RECEIVE = (
+    "select receipt, message_id, deliveries, payload"
+    f" from pgqueue.receive('s', {RECEIVED}, '30 s', %s)"
+)
+REQUEUE = "select pgqueue.requeue(%s, %s, delay => '1 s')"
 READ = f"select msg_id, message from pgmq.read('q', 30, {RECEIVED})"
 DELETE = "select pgmq.delete('q', %s::bigint[])"
 
@@ -52,7 +60,10 @@ Receive = Callable[[Connection, int | None], tuple[int, int | None]]
 
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
-    """Nothing held, then a read-only repeatable read snapshot, then a transaction that wrote."""
+    """Nothing held, then a read-only repeatable read snapshot, then a transaction that wrote.
+
+    Besides messages that are acked some that fail, and are requeued, once.
+    """
     unheld = _contest(lab, report, "nothing held", scale, min(scale.held_seconds, UNHELD_SECONDS))
     for held in HELD[: scale.long_cases]:
         contest = _contest(lab, report, held, scale, scale.held_seconds)
@@ -76,7 +87,8 @@ def _contest(lab: Lab, report: Report, held: str, scale: Scale, seconds: int) ->
             if is_pgmq:
                 database.execute("select pgmq.create('q')")
             else:
-                database.execute("select pgqueue.subscribe('s', 't', %s)", name.split()[-1])
+                ordering = name.removeprefix("order ").split(",")[0]
+                database.execute("select pgqueue.subscribe('s', 't', %s)", ordering)
             with _holding(database, held):
                 records = _work(database, name, lasts)
         samples[name] = [_sample(records, lasts)]
@@ -101,7 +113,8 @@ def _holding(database: Database, held: str) -> Iterator[None]:
 
 def _work(database: Database, name: str, seconds: int) -> Records:
     """What the consumers record: (seconds since the start, milliseconds, messages) of a fetch."""
-    work = partial(_consume, receive=_read if name == "pgmq" else _receive)
+    receive = {"pgmq": _read, FAILING: _receive_failing}.get(name, _receive)
+    work = partial(_consume, receive=receive)
     with running(work, database, CONSUMERS) as records:
         start = time.monotonic()
         load.Run(
@@ -133,6 +146,17 @@ def _consume(dsn: str, number: int, started: Event, records: Records, receive: R
 def _receive(connection: Connection, receipt: int | None) -> tuple[int, int | None]:
     rows = connection.execute(RECEIVE, [receipt], prepare=True).fetchall()
     return len(rows), rows[0][0] if rows else None
+
+
+def _receive_failing(connection: Connection, receipt: int | None) -> tuple[int, int | None]:
+    rows = connection.execute(RECEIVE, [receipt], prepare=True).fetchall()
+    if not rows:
+        return 0, None
+    receipt = rows[0][0]
+    failed = [each for _, each, tries, _ in rows if tries == 1 and random.random() < FAILED]
+    if failed:
+        connection.execute(REQUEUE, [receipt, failed], prepare=True)
+    return len(rows) - len(failed), receipt if len(failed) < len(rows) else None
 
 
 def _read(connection: Connection, receipt: int | None) -> tuple[int, int | None]:
