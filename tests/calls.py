@@ -115,7 +115,7 @@ def let_pass(connection: Connection, interval: str) -> None:
     ):
         connection.execute(
             f"update pgqueue.{table} set {moment} = {moment} - %s::interval"
-            f" where {moment} is not null",
+            f" where {moment} is not null" + (" and lane = 0" if table == "lanes" else ""),
             [interval],
         )
     connection.execute("reset session_replication_role")

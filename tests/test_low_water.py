@@ -148,7 +148,7 @@ def test_a_mark_that_nobody_tends_is_not_relied_on(database: Database) -> None:
     publish(connection)
     requeue(connection, receive(connection, "s"))
     mark = (
-        "update pgqueue.lanes set tended_at = 'infinity', due_low = clock_timestamp(),"
+        "update pgqueue.lanes set due_low = clock_timestamp(),"
         " due_tended_at = clock_timestamp() - %s::interval"
     )
     connection.execute(mark, ["1 s"])
