@@ -187,6 +187,21 @@ begin
   return split_part(v_taken, ':', 2)::bigint;
 end $$;
 
+create function pgqueue.hundredths() returns bigint
+language sql volatile
+return floor(extract(epoch from clock_timestamp()) * 100);
+
+create function pgqueue.before_retry() returns trigger
+language plpgsql
+as $$
+begin
+  new.due_at := greatest(new.due_at, to_timestamp(pgqueue.take_due_floor() / 100.0));
+  return new;
+end $$;
+
+create trigger before_retry before insert or update of due_at on pgqueue.retries
+for each row execute function pgqueue.before_retry();
+
 -- Clocks may be set back, or lag behind another server's: then the mark does not
 -- hold, until it is tended, nor longer than a minute without.
 create function pgqueue.trusted_due_low(due_low timestamptz, due_tended_at timestamptz)
@@ -213,18 +228,3 @@ create view pgqueue.marks as
 select l.subscription_id, max(l.receipt_low) as receipt_low
 from pgqueue.lanes l
 group by l.subscription_id;
-
-create function pgqueue.hundredths() returns bigint
-language sql volatile
-return floor(extract(epoch from clock_timestamp()) * 100);
-
-create function pgqueue.before_retry() returns trigger
-language plpgsql
-as $$
-begin
-  new.due_at := greatest(new.due_at, to_timestamp(pgqueue.take_due_floor() / 100.0));
-  return new;
-end $$;
-
-create trigger before_retry before insert or update of due_at on pgqueue.retries
-for each row execute function pgqueue.before_retry();

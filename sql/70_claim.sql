@@ -51,19 +51,17 @@ end $$;
 
 -- Up to so many due retries. One that is marked alone comes by itself.
 create function pgqueue.claim_due(
-  subscription_id int, max_messages int, at timestamptz,
+  subscription_id int, max_messages int, due_low timestamptz, at timestamptz,
   out tids tid[], out message_ids bigint[], out attempts smallint[], out unfit boolean,
   out alone boolean
 )
 language plpgsql
 as $$
 #variable_conflict use_column
-declare
-  v_due_low timestamptz := pgqueue.due_low_of(subscription_id);
 begin
   select r.alone into alone from pgqueue.retries r
   where r.subscription_id = claim_due.subscription_id
-    and r.due_at > v_due_low and r.due_at <= at and r.key_hash is null
+    and r.due_at > claim_due.due_low and r.due_at <= at and r.key_hash is null
   order by r.due_at, r.message_id limit 1 for update skip locked;
   if not found then
     return;
@@ -75,7 +73,7 @@ begin
   from (
     select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
     where r.subscription_id = claim_due.subscription_id
-      and r.due_at > v_due_low and r.due_at <= at
+      and r.due_at > claim_due.due_low and r.due_at <= at
       and r.key_hash is null and r.alone = claim_due.alone
     order by r.due_at, r.message_id
     limit case when claim_due.alone then 1 else max_messages end
@@ -95,6 +93,7 @@ declare
   v_low bigint;
   v_tended_at timestamptz;
   v_last_delivered_at timestamptz;
+  v_due_low timestamptz;
   v_alone boolean;
   v_quota int := 0;
   v_room int := max_messages;
@@ -105,13 +104,14 @@ declare
   v_retry_tids tid[];
   v_unfit boolean;
 begin
-  select l.low, l.tended_at, l.last_delivered_at, r.alone
-  into v_low, v_tended_at, v_last_delivered_at, v_alone
-  from pgqueue.lanes l left join lateral (
+  select l.low, l.tended_at, l.last_delivered_at, m.due_low, r.alone
+  into v_low, v_tended_at, v_last_delivered_at, v_due_low, v_alone
+  from pgqueue.lanes l cross join lateral (
+    select pgqueue.trusted_due_low(l.due_low, l.due_tended_at) as due_low
+  ) m left join lateral (
     select r.alone from pgqueue.retries r
     where r.subscription_id = l.subscription_id
-      and r.due_at > pgqueue.trusted_due_low(l.due_low, l.due_tended_at) and r.due_at <= v_now
-      and r.key_hash is null
+      and r.due_at > m.due_low and r.due_at <= v_now and r.key_hash is null
     order by r.due_at, r.message_id limit 1
   ) r on true
   where l.subscription_id = (s).subscription_id and l.lane = 0;
@@ -123,7 +123,7 @@ begin
   end if;
   loop
     if v_quota > 0 then
-      v_due := pgqueue.claim_due((s).subscription_id, v_quota, v_now);
+      v_due := pgqueue.claim_due((s).subscription_id, v_quota, v_due_low, v_now);
       v_retry_tids := v_due.tids;
       v_room := case when v_due.alone then 0
         else max_messages - coalesce(cardinality(v_due.tids), 0) end;

@@ -33,6 +33,7 @@ begin
   v_settled := pgqueue.settled();
   v_settled_receipts := pgqueue.settled_by_floors(pgqueue.last_receipt(), 'receipt');
   if lane = 0 then
+    -- in one update of the row, for each leaves a dead one
     v_due_low := pgqueue.due_low_now(v_lane);
   end if;
   -- in one statement: a requeue moves a message from the one to the other

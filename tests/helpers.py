@@ -20,6 +20,8 @@ Connection = psycopg.Connection[Any]
 # the call that takes a lease may itself reclaim those that are over, this one too.
 NO_TIME = "1 microsecond"
 PATIENCE_SECONDS = 60
+# What the low-water mark of retries stays behind the clock, and a little more.
+MARGIN_SECONDS = 1.8
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from .calls import put, requeue
 from .helpers import (
+    MARGIN_SECONDS,
     Connection,
     column,
     fetch_pending,
@@ -20,8 +21,6 @@ from .helpers import (
 from .servers import Database
 
 with_and_without_floors = pytest.mark.parametrize("with_floors", [True, False])
-# What a mark stays behind the clock, and a little more.
-MARGIN_SECONDS = 1.8
 
 
 def take_out_floors(connection: Connection, kind: str) -> None:

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from .calls import ack, requeue
-from .helpers import Connection, column, fetch_pending, publish, receive, subscribe
+from .helpers import MARGIN_SECONDS, Connection, column, fetch_pending, publish, receive, subscribe
 from .servers import Database
 
 ORDERINGS = {"ordered": "total", "unordered": "none"}
@@ -22,8 +22,6 @@ FEW_ROWS = 500
 SCANS_OF_MEMORY = {"Function Scan", "Named Tuplestore Scan", "CTE Scan", "Values Scan"}
 # Marks the statements of the tests themselves.
 OURS = "/* not of pgqueue */ "
-# What the mark of retries stays behind the clock, and a little more.
-MARGIN_SECONDS = 1.8
 
 
 @dataclass
