@@ -14,6 +14,22 @@
 -- retries. The last three are only ever locked with SKIP LOCKED, and so are the
 -- first two by whoever takes or reclaims. Only the holder of a receipt waits:
 -- for its lease.
+--
+-- Leases, retries and held keys have several indexes each, of which every look
+-- can use but one: expressions keep the planner from the others. Where all rows
+-- are dead, but cannot be removed for an old snapshot, the tables seem empty,
+-- and to read the whole of a wrong index as cheap as a few rows of the right one.
+
+-- For the index of retries by when they are due: what has no key, and the
+-- queues of held keys, are two queues.
+create function pgqueue.due_queue(subscription_id int, key_hash int) returns int
+language sql immutable parallel safe
+return case when key_hash is null then subscription_id else -subscription_id end;
+
+-- For the index of the queues of held keys: one number for both.
+create function pgqueue.key_queue(subscription_id int, key_hash int) returns bigint
+language sql immutable strict parallel safe
+return (subscription_id::bigint << 32) + key_hash;
 
 create sequence pgqueue.subscription_ids as int;
 create sequence pgqueue.receipts;
@@ -143,10 +159,8 @@ create table pgqueue.leases (
   leased_at timestamptz not null default clock_timestamp(),
   deadline timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
--- For every look at a subscription's leases, whatever for: with a second index
--- that begins with the subscription, the planner takes the wrong one when its
--- statistics are old, and the look reads all that are dead.
-create index leases_of_subscription on pgqueue.leases (subscription_id, receipt);
+-- For every look at a subscription's leases, whatever for.
+create index leases_of_subscription on pgqueue.leases (subscription_id, (receipt + 0));
 
 comment on table pgqueue.leases is 'One row per batch that a consumer holds, until it settles it or the deadline passes.';
 
@@ -170,12 +184,10 @@ create table pgqueue.retries (
   key_hash int,
   primary key (subscription_id, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
-create index retries_due on pgqueue.retries (subscription_id, due_at, message_id)
-  where key_hash is null;
-create index retries_due_of_key on pgqueue.retries (subscription_id, due_at)
-  where key_hash is not null;
-create index retries_of_key on pgqueue.retries (subscription_id, key_hash, message_id)
-  where key_hash is not null;
+create index retries_due on pgqueue.retries
+  (pgqueue.due_queue(subscription_id, key_hash), due_at, message_id);
+create index retries_of_key on pgqueue.retries
+  (pgqueue.key_queue(subscription_id, key_hash), message_id) where key_hash is not null;
 
 comment on table pgqueue.retries is 'Deliveries that were given back, or are due later; handed out, first of all, once they are due.';
 
@@ -188,11 +200,9 @@ create table pgqueue.held_keys (
   lane smallint not null,
   receipt bigint,
   hold bigint not null,
-  -- beginning with another column each, so that neither index serves both looks:
-  -- the planner takes the wrong one when its statistics are old
   primary key (key_hash, subscription_id)
 );
-create index held_keys_of_lane on pgqueue.held_keys (lane, subscription_id, hold);
+create index held_keys_of_lane on pgqueue.held_keys ((subscription_id + 0), lane, hold);
 
 comment on table pgqueue.held_keys is 'Keys, by their hash, whose messages wait in retries, in order, instead of in their lane.';
 

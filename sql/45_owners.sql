@@ -92,7 +92,7 @@ begin
     bool_or(case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end)
   into overdue, v_owned, v_seems_dead
   from pgqueue.leases e
-  where e.subscription_id = ended_leases.subscription_id and e.receipt > (
+  where e.subscription_id = ended_leases.subscription_id and e.receipt + 0 > (
     select m.receipt_low from pgqueue.marks m
     where m.subscription_id = ended_leases.subscription_id
   );

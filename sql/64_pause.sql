@@ -69,8 +69,7 @@ begin
   select array_agg(p.message_id) into v_purged from (
     select w.message_id from waiting w union all select r.message_id from retried r
   ) p;
-  delete from pgqueue.failures f
-  where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_purged);
+  perform pgqueue.forget_failures(v_subscription.subscription_id, v_purged);
   perform pgqueue.release_key(v_subscription.subscription_id, k) from unnest(v_keys) k;
   return coalesce(cardinality(v_purged), 0);
 end $$;

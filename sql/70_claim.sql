@@ -60,8 +60,8 @@ as $$
 #variable_conflict use_column
 begin
   select r.alone into alone from pgqueue.retries r
-  where r.subscription_id = claim_due.subscription_id
-    and r.due_at > claim_due.due_low and r.due_at <= at and r.key_hash is null
+  where pgqueue.due_queue(r.subscription_id, r.key_hash) = claim_due.subscription_id
+    and r.due_at > claim_due.due_low and r.due_at <= at
   order by r.due_at, r.message_id limit 1 for update skip locked;
   if not found then
     return;
@@ -72,9 +72,8 @@ begin
   into tids, message_ids, attempts, unfit
   from (
     select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
-    where r.subscription_id = claim_due.subscription_id
-      and r.due_at > claim_due.due_low and r.due_at <= at
-      and r.key_hash is null and r.alone = claim_due.alone
+    where pgqueue.due_queue(r.subscription_id, r.key_hash) = claim_due.subscription_id
+      and r.due_at > claim_due.due_low and r.due_at <= at and r.alone = claim_due.alone
     order by r.due_at, r.message_id
     limit case when claim_due.alone then 1 else max_messages end
     for update skip locked
@@ -110,8 +109,8 @@ begin
     select pgqueue.trusted_due_low(l.due_low, l.due_tended_at) as due_low
   ) m left join lateral (
     select r.alone from pgqueue.retries r
-    where r.subscription_id = l.subscription_id
-      and r.due_at > m.due_low and r.due_at <= v_now and r.key_hash is null
+    where pgqueue.due_queue(r.subscription_id, r.key_hash) = l.subscription_id
+      and r.due_at > m.due_low and r.due_at <= v_now
     order by r.due_at, r.message_id limit 1
   ) r on true
   where l.subscription_id = (s).subscription_id and l.lane = 0;
@@ -180,8 +179,7 @@ begin
   if s.on_expired = 'dead_letter' then
     perform pgqueue.bury(s, v_ids, 'expired');
   elsif v_ids is not null then
-    delete from pgqueue.failures f
-    where f.subscription_id = s.subscription_id and f.message_id = any (v_ids);
+    perform pgqueue.forget_failures(s.subscription_id, v_ids);
     insert into pgqueue.expired (subscription_id, messages)
     values (s.subscription_id, cardinality(v_ids));
   end if;
@@ -222,8 +220,10 @@ begin
   ), due as (
     select r.* from unnest(ids) i cross join lateral (
       select r.ctid, r.message_id, r.attempts from pgqueue.retries r
-      where r.subscription_id = claim_named.subscription_id and r.key_hash is null
-        and r.message_id = i and r.due_at <= v_now and (r.expires_at > v_now) is not false
+      where r.subscription_id = claim_named.subscription_id and r.message_id = i
+        -- case: by the primary key, not by when it is due
+        and case when r.key_hash is null then r.due_at <= v_now end
+        and (r.expires_at > v_now) is not false
       for update skip locked
     ) r
   ), named as (

@@ -42,7 +42,7 @@ begin
     return v_claim;
   end if;
   perform from pgqueue.leases e
-  where e.subscription_id = (s).subscription_id and e.receipt > v_lane.receipt_low
+  where e.subscription_id = (s).subscription_id and e.receipt + 0 > v_lane.receipt_low
     and e.lane = claim_ordered.lane and e.key_hash is null
   limit 1;
   if found then
@@ -124,7 +124,7 @@ declare
   v_locked int[];
 begin
   perform from pgqueue.held_keys h
-  where h.subscription_id = (l).subscription_id and h.lane = (l).lane and h.hold > (l).hold_low
+  where h.subscription_id + 0 = (l).subscription_id and h.lane = (l).lane and h.hold > (l).hold_low
   limit 1;
   if not found then
     perform from pgqueue.deliveries d where d.ctid = any (c.delivery_tids) and d.not_before > at;
@@ -175,7 +175,8 @@ begin
         when lag(d.message_id) over (partition by d.key_hash order by d.message_id) is null
           and not exists (
             select from pgqueue.retries r
-            where r.subscription_id = d.subscription_id and r.key_hash = d.key_hash
+            where pgqueue.key_queue(r.subscription_id, r.key_hash)
+              = pgqueue.key_queue(d.subscription_id, d.key_hash)
             offset 0
           ) then at
         else 'infinity' end,
@@ -234,7 +235,7 @@ declare
     ) d
     where not exists (
       select from pgqueue.leases e
-      where e.subscription_id = l.subscription_id and e.receipt > l.receipt_low
+      where e.subscription_id = l.subscription_id and e.receipt + 0 > l.receipt_low
         and e.lane = l.lane and e.key_hash is null
       offset 0
     );

@@ -12,6 +12,7 @@ declare
   v_claim pgqueue.claim;
   v_now timestamptz := clock_timestamp();
   v_held pgqueue.held_keys;
+  v_queue bigint := pgqueue.key_queue((s).subscription_id, key_hash);
   v_keep int;
   v_expired boolean;
 begin
@@ -41,7 +42,7 @@ begin
         first_value(r.attempts > 0 or r.alone) over (order by r.message_id) as first_tried
       from (
         select r.*, r.ctid as tid from pgqueue.retries r
-        where r.subscription_id = (s).subscription_id and r.key_hash = v_held.key_hash
+        where pgqueue.key_queue(r.subscription_id, r.key_hash) = v_queue
         order by r.message_id limit max_messages
       ) r
     ) r;
@@ -52,7 +53,7 @@ begin
   if v_keep = 0 then
     -- what is due behind a first message that is not will come after that one
     update pgqueue.retries r set due_at = 'infinity'
-    where r.subscription_id = (s).subscription_id and r.key_hash = v_held.key_hash
+    where pgqueue.key_queue(r.subscription_id, r.key_hash) = v_queue
       and r.due_at <= v_now and r.message_id > v_claim.message_ids[1];
   end if;
   if v_keep is not null then
@@ -82,8 +83,8 @@ declare
 begin
   for v_due in
     select r.key_hash from pgqueue.retries r
-    where r.subscription_id = s.subscription_id
-      and r.due_at > v_due_low and r.due_at <= v_now and r.key_hash is not null
+    where pgqueue.due_queue(r.subscription_id, r.key_hash) = -s.subscription_id
+      and r.due_at > v_due_low and r.due_at <= v_now
     order by r.due_at
   loop
     v_claim := pgqueue.claim_held_key(s, v_due.key_hash, max_messages);
@@ -118,7 +119,8 @@ begin
     return;  -- a part of it is still in flight
   end if;
   select r.* into v_first from pgqueue.retries r
-  where r.subscription_id = release_key.subscription_id and r.key_hash = release_key.key_hash
+  where pgqueue.key_queue(r.subscription_id, r.key_hash)
+    = pgqueue.key_queue(release_key.subscription_id, release_key.key_hash)
   order by r.message_id limit 1;
   if not found then
     delete from pgqueue.held_keys h
@@ -130,8 +132,7 @@ begin
     update pgqueue.retries r set due_at = case
       when r.attempts >= v_max_attempts then coalesce(r.expires_at, 'infinity')
       else clock_timestamp() end
-    where r.subscription_id = v_first.subscription_id and r.key_hash = v_first.key_hash
-      and r.message_id = v_first.message_id;
+    where r.subscription_id = v_first.subscription_id and r.message_id = v_first.message_id;
   end if;
 end $$;
 
@@ -151,8 +152,8 @@ begin
     return pgqueue.claim_named(s.subscription_id, ids);
   end if;
   perform from pgqueue.retries r
-  where r.subscription_id = s.subscription_id and r.key_hash = pgqueue.key_hash(v_key)
-    and r.message_id = ids[1];
+  where r.subscription_id = s.subscription_id and r.message_id = ids[1]
+    and r.key_hash is not distinct from pgqueue.key_hash(v_key);
   if found then
     v_claim := pgqueue.claim_held_key(s, pgqueue.key_hash(v_key), cardinality(ids));
   else
@@ -172,12 +173,13 @@ from pgqueue.lanes l
 join pgqueue.subscriptions s on s.subscription_id = l.subscription_id
 cross join lateral (
   select h.* from pgqueue.held_keys h
-  where h.subscription_id = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
+  where h.subscription_id + 0 = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
   offset 0
 ) h
 left join lateral (
   select r.due_at, r.attempts from pgqueue.retries r
-  where r.subscription_id = h.subscription_id and r.key_hash = h.key_hash
+  where pgqueue.key_queue(r.subscription_id, r.key_hash)
+    = pgqueue.key_queue(h.subscription_id, h.key_hash)
   order by r.message_id limit 1
 ) first on true
 where (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true

@@ -104,6 +104,24 @@ begin
   return v_lease;
 end $$;
 
+-- What consumers said of messages that are settled. Looked up one by one, by
+-- ctid: to a planner that thinks there are few, all of the subscription are as
+-- cheap to read.
+create function pgqueue.forget_failures(subscription_id int, message_ids bigint[])
+returns setof pgqueue.failures
+language plpgsql
+as $$
+#variable_conflict use_column
+begin
+  return query delete from pgqueue.failures f where f.ctid = any (array(
+    select f.ctid from unnest(message_ids) i cross join lateral (
+      select f.ctid from pgqueue.failures f
+      where f.subscription_id = forget_failures.subscription_id and f.message_id = i
+      offset 0
+    ) f
+  )) returning f.*;
+end $$;
+
 -- What follows from an ack for other messages than those: the next of a key or
 -- of an ordered lane may come.
 create function pgqueue.after_ack(l pgqueue.leases) returns void
@@ -111,8 +129,7 @@ language plpgsql
 as $$
 begin
   if 1 <> any (l.attempts) then
-    delete from pgqueue.failures f
-    where f.subscription_id = l.subscription_id and f.message_id = any (l.message_ids);
+    perform pgqueue.forget_failures(l.subscription_id, l.message_ids);
   end if;
   if l.key_hash is not null then
     perform pgqueue.release_key(l.subscription_id, l.key_hash);

@@ -22,10 +22,16 @@ begin
   select (l).subscription_id, i.id, i.attempts, give_back.error
   from unnest((l).message_ids, (l).attempts) as i (id, attempts)
   on conflict do nothing;
-  delete from pgqueue.failures f
-  using unnest((l).message_ids, (l).attempts) as i (id, attempts)
-  where f.subscription_id = (l).subscription_id and f.message_id = i.id
-    and f.attempt <= i.attempts - 20;
+  delete from pgqueue.failures f where f.ctid = any (array(
+    select f.ctid from unnest((l).message_ids, (l).attempts) as i (id, attempts)
+    cross join lateral (
+      select f.ctid from pgqueue.failures f
+      where f.subscription_id = (l).subscription_id and f.message_id = i.id
+        and f.attempt <= i.attempts - 20
+      offset 0
+    ) f
+    where i.attempts > 20
+  ));
 
   if v_subscription.on_exhausted = 'dead_letter' then
     select

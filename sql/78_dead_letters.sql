@@ -9,18 +9,14 @@ begin
   if message_ids is null then
     return;
   end if;
-  with history as (
-    delete from pgqueue.failures f
-    where f.subscription_id = s.subscription_id and f.message_id = any (bury.message_ids)
-    returning f.*
-  ), summary as (
+  with summary as (
     select
       h.message_id, max(h.attempt) as attempts,
       jsonb_agg(
         jsonb_build_object('attempt', h.attempt, 'failed_at', h.failed_at, 'error', h.error)
         order by h.attempt
       ) as failures
-    from history h group by h.message_id
+    from pgqueue.forget_failures(s.subscription_id, bury.message_ids) h group by h.message_id
   )
   insert into pgqueue.dead_letters (
     subscription, message_id, topic, key, headers, payload, published_at, reason, attempts,
@@ -126,8 +122,7 @@ begin
   select array_agg(u.message_id) into v_unblocked from (
     select l.message_id from in_lane l union all select q.message_id from in_queue q
   ) u;
-  delete from pgqueue.failures f
-  where f.subscription_id = s.subscription_id and f.message_id = any (v_unblocked);
+  perform pgqueue.forget_failures(s.subscription_id, v_unblocked);
   return coalesce(cardinality(v_unblocked), 0);
 end $$;
 
@@ -177,8 +172,7 @@ begin
     select array_agg(b.message_id) into v_blocked from (
       select message_id from in_lane union all select message_id from in_queue
     ) b;
-    delete from pgqueue.failures f
-    where f.subscription_id = v_subscription.subscription_id and f.message_id = any (v_blocked);
+    perform pgqueue.forget_failures(v_subscription.subscription_id, v_blocked);
     perform pgqueue.release_key(v_subscription.subscription_id, k) from unnest(v_keys) k;
     perform pgqueue.wake(v_subscription.subscription_id);
   end if;

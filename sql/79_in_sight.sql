@@ -11,11 +11,11 @@ declare
 begin
   return least(
     (select r.due_at from pgqueue.retries r
-     where r.subscription_id = next_due.subscription_id and r.key_hash is null
+     where pgqueue.due_queue(r.subscription_id, r.key_hash) = next_due.subscription_id
        and r.due_at > v_after and r.due_at < 'infinity'
      order by r.due_at limit 1),
     (select r.due_at from pgqueue.retries r
-     where r.subscription_id = next_due.subscription_id and r.key_hash is not null
+     where pgqueue.due_queue(r.subscription_id, r.key_hash) = -next_due.subscription_id
        and r.due_at > v_after and r.due_at < 'infinity'
      order by r.due_at limit 1)
   );
@@ -29,13 +29,13 @@ begin
   return exists (
     select from pgqueue.lanes l cross join lateral (
       select from pgqueue.held_keys h
-      where h.subscription_id = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
+      where h.subscription_id + 0 = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
       limit 1
     ) h
     where l.subscription_id = something_blocks.subscription_id
   ) or exists (
     select from pgqueue.retries r
-    where r.subscription_id = something_blocks.subscription_id and r.key_hash is null
+    where pgqueue.due_queue(r.subscription_id, r.key_hash) = something_blocks.subscription_id
       and r.due_at = 'infinity'
   );
 end $$;
@@ -56,7 +56,7 @@ begin
     pgqueue.next_due(next_event.subscription_id), min(e.deadline), 'infinity'
   ) into v_at
   from pgqueue.leases e
-  where e.subscription_id = next_event.subscription_id and e.receipt > (
+  where e.subscription_id = next_event.subscription_id and e.receipt + 0 > (
     select m.receipt_low from pgqueue.marks m where m.subscription_id = next_event.subscription_id
   )
   having bool_or(
@@ -96,7 +96,7 @@ begin
   select least(
     pgqueue.next_due(s.subscription_id, v_now),
     (select min(e.deadline) from pgqueue.leases e
-     where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
+     where e.subscription_id = s.subscription_id and e.receipt + 0 > v_receipt_low
        and e.deadline > v_now),
     min(d.not_before) filter (where not d.is_leased and d.not_before > v_now)
   ), coalesce(bool_or(
@@ -105,7 +105,7 @@ begin
     not d.is_leased and ((d.not_before > v_now) is not true or s.ordering <> 'total')
   ), false) or pgqueue.next_due(s.subscription_id) <= v_now or exists (
     select from pgqueue.leases e
-    where e.subscription_id = s.subscription_id and e.receipt > v_receipt_low
+    where e.subscription_id = s.subscription_id and e.receipt + 0 > v_receipt_low
       and e.deadline <= v_now
   )
   into at, blocked
@@ -113,7 +113,7 @@ begin
     -- once expired it is out of the way
     select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
       select from pgqueue.leases e
-      where e.subscription_id = l.subscription_id and e.receipt > v_receipt_low
+      where e.subscription_id = l.subscription_id and e.receipt + 0 > v_receipt_low
         and e.lane = l.lane and e.lane > 0 and e.key_hash is null
       offset 0
     ) as is_leased

@@ -45,12 +45,12 @@ begin
     min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hash is null),
     min(e.receipt),
     (select h.hold from pgqueue.held_keys h
-     where h.subscription_id = tend.subscription_id and h.lane = tend.lane
+     where h.subscription_id + 0 = tend.subscription_id and h.lane = tend.lane
        and h.hold > v_lane.hold_low
      order by h.hold limit 1)
   into v_first_id, v_leased_id, v_first_receipt, v_first_hold
   from pgqueue.leases e
-  where e.subscription_id = tend.subscription_id and e.receipt > v_lane.receipt_low;
+  where e.subscription_id = tend.subscription_id and e.receipt + 0 > v_lane.receipt_low;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
     low = v_low,

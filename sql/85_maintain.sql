@@ -34,7 +34,7 @@ begin
     select from pgqueue.marks m join pgqueue.subscriptions s using (subscription_id)
     cross join lateral (
       select from pgqueue.leases e, unnest(e.message_ids) i
-      where e.subscription_id = m.subscription_id and e.receipt > m.receipt_low
+      where e.subscription_id = m.subscription_id and e.receipt + 0 > m.receipt_low
         and ((i >> 16) & 3) = leaf
       limit 1
     ) e
