@@ -187,22 +187,27 @@ create table pgqueue.retries (
 create index retries_due on pgqueue.retries
   (pgqueue.due_queue(subscription_id, key_hash), due_at, message_id);
 create index retries_of_key on pgqueue.retries
-  (pgqueue.key_queue(subscription_id, key_hash), message_id) where key_hash is not null;
+  (pgqueue.key_queue(subscription_id, key_hash), (message_id + 0)) where key_hash is not null;
 
 comment on table pgqueue.retries is 'Deliveries that were given back, or are due later; handed out, first of all, once they are due.';
 
 -- A key that failed, or waits: its messages leave the lane for a queue of their
 -- own, so that the other keys go on. receipt: the lease to wait for, whose
--- messages come before those in the queue. Keys with the same hash are one.
+-- messages come before those in the queue. low: nothing in the queue has
+-- message_id <= low, nor will it, while the key is held. Keys with the same hash
+-- are one.
 create table pgqueue.held_keys (
   subscription_id int not null,
   key_hash int not null,
   lane smallint not null,
   receipt bigint,
   hold bigint not null,
+  low bigint not null,
   primary key (key_hash, subscription_id)
 );
 create index held_keys_of_lane on pgqueue.held_keys ((subscription_id + 0), lane, hold);
+create index held_keys_of_hold on pgqueue.held_keys
+  (pgqueue.key_queue(subscription_id, key_hash), (hold + 0));
 
 comment on table pgqueue.held_keys is 'Keys, by their hash, whose messages wait in retries, in order, instead of in their lane.';
 

@@ -119,50 +119,56 @@ language plpgsql
 as $$
 #variable_conflict use_column
 declare
+  v_ids bigint[];
   v_hashes int[];
   v_held int[];
   v_locked int[];
+  v_lows bigint[];
+  v_waits boolean := exists (
+    select from pgqueue.deliveries d where d.ctid = any (c.delivery_tids) and d.not_before > at
+  );
 begin
-  perform from pgqueue.held_keys h
-  where h.subscription_id + 0 = (l).subscription_id and h.lane = (l).lane and h.hold > (l).hold_low
-  limit 1;
-  if not found then
-    perform from pgqueue.deliveries d where d.ctid = any (c.delivery_tids) and d.not_before > at;
-    if not found then
-      return c;
-    end if;
+  if not v_waits and not exists (
+    select from pgqueue.held_keys h
+    where h.subscription_id + 0 = (l).subscription_id and h.lane = (l).lane
+      and h.hold > (l).hold_low
+    limit 1
+  ) then
+    return c;
   end if;
-  v_hashes := array(
-    select distinct pgqueue.key_hash(m.key)
-    from pgqueue.messages_of(c.message_ids, null::smallint[]) m
-  );
-  v_held := pgqueue.held_of((l).subscription_id, v_hashes);
-
-  insert into pgqueue.held_keys (subscription_id, key_hash, lane)
-  select distinct (l).subscription_id, pgqueue.key_hash(m.key), (l).lane
-  from pgqueue.deliveries d cross join pgqueue.messages_of(array[d.message_id], null::smallint[]) m
-  where d.ctid = any (c.delivery_tids) and d.not_before > at
-    -- not one that is held: to insert it would wait for whoever ends the hold
-    and pgqueue.key_hash(m.key) <> all (v_held)
-  on conflict do nothing;
-  v_held := v_held || pgqueue.held_of((l).subscription_id, v_hashes);
-  v_locked := array(
-    select h.key_hash from unnest(v_held) k cross join lateral (
-      select h.key_hash from pgqueue.held_keys h
-      where h.key_hash = k and h.subscription_id = (l).subscription_id
-      for share skip locked
-    ) h
-  );
+  select array_agg(m.message_id), array_agg(pgqueue.key_hash(m.key)) into v_ids, v_hashes
+  from pgqueue.messages_of(c.message_ids, null::smallint[]) m;
+  v_held := pgqueue.held_of(l, v_hashes);
+  if v_waits then
+    insert into pgqueue.held_keys (subscription_id, key_hash, lane, low)
+    select distinct (l).subscription_id, k.key_hash, (l).lane, c.message_ids[1] - 1
+    from pgqueue.deliveries d
+    join unnest(v_ids, v_hashes) as k (id, key_hash) on k.id = d.message_id
+    where d.ctid = any (c.delivery_tids) and d.not_before > at
+      -- not one that is held: to insert it would wait for whoever ends the hold
+      and k.key_hash <> all (v_held)
+    on conflict do nothing;
+    v_held := pgqueue.held_of(l, v_hashes);
+  end if;
+  if v_held = '{}' then
+    return c;
+  end if;
+  select array_agg(h.key_hash), array_agg(h.low) into v_locked, v_lows
+  from unnest(v_held) k cross join lateral (
+    select h.key_hash, h.low from pgqueue.held_keys h
+    where h.key_hash = k and h.subscription_id = (l).subscription_id
+    for share skip locked
+  ) h;
 
   with keyed as (
-    select i.tid, i.attempts, m.message_id, pgqueue.key_hash(m.key) as key_hash
-    from pgqueue.messages_of(c.message_ids, null::smallint[]) m
-    join unnest(c.delivery_tids, c.message_ids, c.attempts) as i (tid, id, attempts)
-      on i.id = m.message_id
+    select i.tid, i.attempts, i.id as message_id, k.key_hash
+    from unnest(c.delivery_tids, c.message_ids, c.attempts) as i (tid, id, attempts)
+    join unnest(v_ids, v_hashes) as k (id, key_hash) on k.id = i.id
   ), moved as (
-    delete from pgqueue.deliveries d using keyed k
-    where d.ctid = k.tid and k.key_hash = any (v_locked)
-    returning d.*, k.key_hash
+    delete from pgqueue.deliveries d
+    using keyed k join unnest(v_locked, v_lows) as h (key_hash, low) on h.key_hash = k.key_hash
+    where d.ctid = k.tid
+    returning d.*, k.key_hash, h.low
   ), queued as (
     insert into pgqueue.retries (
       subscription_id, due_at, message_id, attempts, alone, expires_at, key_hash
@@ -176,7 +182,8 @@ begin
           and not exists (
             select from pgqueue.retries r
             where pgqueue.key_queue(r.subscription_id, r.key_hash)
-              = pgqueue.key_queue(d.subscription_id, d.key_hash)
+                = pgqueue.key_queue(d.subscription_id, d.key_hash)
+              and r.message_id + 0 > d.low
             offset 0
           ) then at
         else 'infinity' end,
@@ -191,16 +198,17 @@ begin
   return c;
 end $$;
 
--- Which of the keys are held.
-create function pgqueue.held_of(subscription_id int, key_hashes int[]) returns int[]
+-- Which of the keys are held, in the lane.
+create function pgqueue.held_of(l pgqueue.lanes, key_hashes int[]) returns int[]
 language plpgsql
 as $$
-#variable_conflict use_column
 begin
   return array(
-    select h.key_hash from unnest(key_hashes) k cross join lateral (
+    select distinct h.key_hash from unnest(key_hashes) k cross join lateral (
       select h.key_hash from pgqueue.held_keys h
-      where h.key_hash = k and h.subscription_id = held_of.subscription_id
+      where pgqueue.key_queue(h.subscription_id, h.key_hash)
+          = pgqueue.key_queue((l).subscription_id, k)
+        and h.hold + 0 > (l).hold_low
       offset 0
     ) h
   );

@@ -33,7 +33,7 @@ begin
     v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
   );
   if c.key_hash is not null then
-    update pgqueue.held_keys h set receipt = v_receipt
+    update pgqueue.held_keys h set receipt = v_receipt, low = c.message_ids[1] - 1
     where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
   end if;
   return v_receipt;

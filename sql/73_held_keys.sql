@@ -43,7 +43,8 @@ begin
       from (
         select r.*, r.ctid as tid from pgqueue.retries r
         where pgqueue.key_queue(r.subscription_id, r.key_hash) = v_queue
-        order by r.message_id limit max_messages
+          and r.message_id + 0 > v_held.low
+        order by r.message_id + 0 limit max_messages
       ) r
     ) r;
     exit when v_expired is not true;
@@ -54,7 +55,7 @@ begin
     -- what is due behind a first message that is not will come after that one
     update pgqueue.retries r set due_at = 'infinity'
     where pgqueue.key_queue(r.subscription_id, r.key_hash) = v_queue
-      and r.due_at <= v_now and r.message_id > v_claim.message_ids[1];
+      and r.due_at <= v_now and r.message_id + 0 > v_claim.message_ids[1];
   end if;
   if v_keep is not null then
     v_claim.retry_tids := v_claim.retry_tids[:v_keep];
@@ -102,26 +103,27 @@ as $$
 #variable_conflict use_column
 declare
   v_first pgqueue.retries;
-  v_receipt bigint;
+  v_held pgqueue.held_keys;
   v_max_attempts int;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;  -- an old snapshot may not see all of the queue
   end if;
-  select h.receipt into v_receipt from pgqueue.held_keys h
+  select h.* into v_held from pgqueue.held_keys h
   where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash
   for update skip locked;
   if not found then
     return;
   end if;
-  perform from pgqueue.leases e where e.receipt = v_receipt;
+  perform from pgqueue.leases e where e.receipt = v_held.receipt;
   if found then
     return;  -- a part of it is still in flight
   end if;
   select r.* into v_first from pgqueue.retries r
   where pgqueue.key_queue(r.subscription_id, r.key_hash)
     = pgqueue.key_queue(release_key.subscription_id, release_key.key_hash)
-  order by r.message_id limit 1;
+    and r.message_id + 0 > v_held.low
+  order by r.message_id + 0 limit 1;
   if not found then
     delete from pgqueue.held_keys h
     where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash;
@@ -180,7 +182,8 @@ left join lateral (
   select r.due_at, r.attempts from pgqueue.retries r
   where pgqueue.key_queue(r.subscription_id, r.key_hash)
     = pgqueue.key_queue(h.subscription_id, h.key_hash)
-  order by r.message_id limit 1
+    and r.message_id + 0 > h.low
+  order by r.message_id + 0 limit 1
 ) first on true
 where (first.due_at < 'infinity' or first.attempts >= s.max_attempts) is not true
   and not exists (select from pgqueue.leases e where e.receipt = h.receipt offset 0);

@@ -98,8 +98,8 @@ begin
       offset 0
     ) m
   ), held as (
-    insert into pgqueue.held_keys (subscription_id, key_hash, lane, receipt)
-    select distinct (l).subscription_id, b.key_hash, (l).lane, (l).receipt
+    insert into pgqueue.held_keys (subscription_id, key_hash, lane, receipt, low)
+    select distinct (l).subscription_id, b.key_hash, (l).lane, (l).receipt, (l).first_id - 1
     from back b where b.place = 'held'
     on conflict do nothing
   ), retried as (

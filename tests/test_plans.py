@@ -147,9 +147,9 @@ def test_a_key_that_is_held_is_looked_up_among_many(plans: Plans) -> None:
     # plans that are made now stay
     fail_and_hold(connection)
     connection.execute(
-        "insert into pgqueue.held_keys (subscription_id, lane, key_hash)"
-        " select subscription_id, 1, i from pgqueue.subscriptions, generate_series(1, 10000) i"
-        " where ordering = 'key'"
+        "insert into pgqueue.held_keys (subscription_id, lane, key_hash, low)"
+        " select subscription_id, 1, i, -i - 1"
+        " from pgqueue.subscriptions, generate_series(1, 10000) i where ordering = 'key'"
     )
     connection.execute(
         "insert into pgqueue.retries"
@@ -160,6 +160,56 @@ def test_a_key_that_is_held_is_looked_up_among_many(plans: Plans) -> None:
     assert faults(plans.of(fail_and_hold)) == set()
     connection.execute("analyze")
     assert faults(plans.of(fail_and_hold)) == set()
+
+
+PAST = {
+    "retries": (
+        "insert into pgqueue.retries"
+        " (subscription_id, due_at, message_id, attempts, alone, key_hash)"
+        " select subscription_id, now(), -i, 1, false, pgqueue.key_hash('k')"
+        " from pgqueue.subscriptions, generate_series(1, 10000) i where ordering = 'key';"
+        " delete from pgqueue.retries where message_id < 0"
+    ),
+    "held_keys": (
+        "do $$ begin for i in 1..10000 loop"
+        " insert into pgqueue.held_keys (subscription_id, lane, key_hash, low)"
+        " select subscription_id, 1, pgqueue.key_hash('k'), 0"
+        " from pgqueue.subscriptions where ordering = 'key';"
+        " delete from pgqueue.held_keys where key_hash = pgqueue.key_hash('k');"
+        " end loop; end $$"
+    ),
+}
+
+
+def test_the_queue_of_each_held_key_is_looked_up(plans: Plans, database: Database) -> None:
+    connection = plans.connection
+    subscribe(connection, "by key", ordering="key", lanes=1)
+    with database.connect() as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        # the statistics say that it is empty, and indexes cost the same
+        connection.execute(PAST["retries"])
+        time.sleep(MARGIN_SECONDS)
+        connection.execute("select pgqueue.maintain()")
+        connection.execute("vacuum analyze")
+
+    def look_at_all(connection: Connection) -> None:
+        for _ in range(7):
+            assert receive(connection, "by key", 10) == []
+
+    look_at_all(connection)
+    connection.execute(
+        "insert into pgqueue.held_keys (subscription_id, lane, key_hash, low)"
+        " select subscription_id, 1, i, 0 from pgqueue.subscriptions, generate_series(1, 300) i"
+        " where ordering = 'key'"
+    )
+    connection.execute(
+        "insert into pgqueue.retries"
+        " (subscription_id, due_at, message_id, attempts, alone, key_hash)"
+        " select subscription_id, now() + '1 hour', 300 * i + key_hash, 1, false, key_hash"
+        " from pgqueue.held_keys, generate_series(1, 100) i"
+    )
+    assert faults(plans.of(look_at_all)) == set()
 
 
 # Rows of each table, and the mark that passes them when they are dead.
@@ -175,7 +225,7 @@ DEAD_ROWS = {
         "due_low = '-infinity'",
     ),
     "held_keys": (
-        "(subscription_id, lane, key_hash) select subscription_id, lane, 10000 * lane + i",
+        "(subscription_id, lane, key_hash, low) select subscription_id, lane, 10000 * lane + i, 0",
         "hold_low = 0",
     ),
 }
@@ -203,7 +253,31 @@ def test_dead_rows_are_not_read(plans: Plans, database: Database, table: str) ->
         assert blocks_of(table, plans) > 200
 
 
-def blocks_of(table: str, plans: Plans) -> int:
+@pytest.mark.parametrize("table", PAST)
+def test_the_past_of_a_held_key_is_not_read(plans: Plans, database: Database, table: str) -> None:
+    """A key that fails now and then leaves dead rows each time."""
+    connection = plans.connection
+    subscribe(connection, "by key", ordering="key", lanes=1)
+    with database.connect() as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        connection.execute(PAST[table])
+        connection.execute("select pgqueue.publish('t', '1', key => 'other')")
+        for name in column(connection, "select subscription from pgqueue.subscriptions"):
+            (message,) = receive(connection, name)
+            if name == "by key":
+                requeue = "select pgqueue.requeue(%s, delay => '1 hour')"
+                connection.execute(requeue, [message.receipt])
+            else:
+                connection.execute("select pgqueue.ack(%s)", [message.receipt])
+        time.sleep(MARGIN_SECONDS)
+        connection.execute("select pgqueue.maintain()")
+        connection.execute("vacuum analyze")
+        asking = {"retries": "", "held_keys": "unnest(key_hashes)"}
+        assert 0 < blocks_of(table, plans, asking[table]) < FEW_BLOCKS
+
+
+def blocks_of(table: str, plans: Plans, asking: str = "") -> int:
     """The most blocks that a consumer's statement reads of the table."""
 
     def consume_all(connection: Connection) -> None:
@@ -220,6 +294,7 @@ def blocks_of(table: str, plans: Plans) -> int:
     return max(
         blocks(node)
         for plan in plans.of(consume_all)
+        if asking in plan["Query Text"]
         for node in nodes(plan["Plan"])
         if node.get("Relation Name") == table and node["Node Type"] != "ModifyTable"
     )
