@@ -81,9 +81,10 @@ referencing new table as new_messages
 for each statement execute function pgqueue.fan_out();
 
 -- Most calls are a transaction of their own, in which each expression costs its
--- set-up and each statement several times that. So: one statement; the checks
--- in full, and the errors, only where one is due; and no memory of the floor
--- where the transaction began with it (should it publish again, it takes another).
+-- set-up and each statement several times that. So: one statement; one expression
+-- for all that stands between a usual call and its id; no memory of the floor where
+-- the transaction began with it (should it publish again, it takes another). And the
+-- name of a topic is looked at only if no subscription has it.
 create function pgqueue.publish(
   topic text,
   payload jsonb,
@@ -102,37 +103,39 @@ as $$
 #variable_conflict use_variable
 declare
   v_now timestamptz := clock_timestamp();
-  v_id bigint;
+  v_floor bigint;
+  v_id bigint := case
+    when topic is not null and payload is not null
+      and num_nonnulls(headers, delay, deliver_at, dedup_key) = 0
+      and pg_current_xact_id_if_assigned() is null and pg_current_xact_id() is not null
+      and pgqueue.lock_floor(pgqueue.last_id())
+    then nextval('pgqueue.message_ids') end;
 begin
-  if (pgqueue.is_name(topic) and payload is not null) is not true
-    or num_nonnulls(headers, delay, deliver_at, dedup_key) > 0
-  then
-    if delay is not null then
-      perform pgqueue.require_duration('delay', delay, true);
-      if deliver_at is not null then
-        raise exception using
-          errcode = 'invalid_parameter_value',
-          message = 'both delay and deliver_at are given',
-          hint = 'Pass one of them: how long to wait, or until when.';
+  if v_id is null then
+    if topic is null or payload is null
+      or num_nonnulls(headers, delay, deliver_at, dedup_key) > 0
+    then
+      if delay is not null then
+        perform pgqueue.require_duration('delay', delay, true);
+        if deliver_at is not null then
+          raise exception using
+            errcode = 'invalid_parameter_value',
+            message = 'both delay and deliver_at are given',
+            hint = 'Pass one of them: how long to wait, or until when.';
+        end if;
+        deliver_at := v_now + delay;
       end if;
-      deliver_at := v_now + delay;
+      perform pgqueue.require_message(topic, payload is null, headers, deliver_at);
     end if;
-    perform pgqueue.require_message(topic, payload is null, headers, deliver_at);
+    v_floor := pgqueue.take_floor();  -- not PERFORM, which is a query
     if dedup_key is not null then
-      perform pgqueue.take_floor();
       v_id := pgqueue.claim_dedup_key(topic, dedup_key, dedup_window);
       if v_id < 0 then
         return -v_id;
       end if;
     end if;
+    v_id := coalesce(v_id, nextval('pgqueue.message_ids'));
   end if;
-
-  if pg_current_xact_id_if_assigned() is not null
-    or (pg_current_xact_id() is not null and pgqueue.lock_floor(pgqueue.last_id())) is not true
-  then
-    perform pgqueue.take_floor();
-  end if;
-  v_id := coalesce(v_id, nextval('pgqueue.message_ids'));
   with message as (
     insert into pgqueue.message_ring (
       message_id, published_at, topic, payload, headers, key, deliver_at, expires_at
@@ -147,6 +150,9 @@ begin
   where s.topic = publish.topic
     and (s.max_backlog is null or pgqueue.limit_backlog(s, 1))
     and pgqueue.wake(s.subscription_id);
+  if not found then
+    perform pgqueue.require_name('topic', topic);
+  end if;
   return v_id;
 end $$;
 
