@@ -13,6 +13,12 @@ create function pgqueue.waiting_setting(subscription_id int) returns text
 language sql stable
 return 'pgqueue.waiting_' || subscription_id;
 
+-- Whether the session never waited, nor lingered, not even in a transaction that was
+-- rolled back: that, too, leaves the setting empty, no longer unknown.
+create function pgqueue.never_waited() returns boolean
+language sql volatile
+return current_setting('pgqueue.waited', true) is null;
+
 create function pgqueue.seat_setting(subscription_id int) returns text
 language sql stable
 return 'pgqueue.seat_' || subscription_id;
@@ -130,15 +136,17 @@ declare
   v_slot int := pgqueue.lingering_slot();
   v_key int;
 begin
-  if (v_registered like 'lingers %' or v_registered like 'no %') is not true
-    or not pgqueue.is_current(v_registered)
-    or pgqueue.nobody_waits(subscription_id)
+  if not pgqueue.never_waited() and (
+      (v_registered like 'lingers %' or v_registered like 'no %') is not true
+      or not pgqueue.is_current(v_registered)
+    ) or pgqueue.nobody_waits(subscription_id)
   then
     return false;
   elsif v_registered like 'lingers %' then
     perform pgqueue.stop_waiting(subscription_id);
     v_registered := current_setting(pgqueue.waiting_setting(subscription_id));
   end if;
+  perform set_config('pgqueue.waited', '', false);
   v_awakening := nextval('pgqueue.awakenings');
   for lingerer in 0..pgqueue.lingerers() - 1 loop
     v_key := pgqueue.lingering_key(subscription_id, v_slot, lingerer);
@@ -166,6 +174,7 @@ declare
   v_awakening bigint := nextval('pgqueue.awakenings');
   v_registered text;
 begin
+  perform set_config('pgqueue.waited', '', false);
   if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), subscription_id)
     and not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), subscription_id)
   then
@@ -191,7 +200,7 @@ create function pgqueue.start_waiting_anew(subscription_id int, registered text)
 language plpgsql
 as $$
 begin
-  if registered like 'no %' and pgqueue.is_current(registered) then
+  if pgqueue.never_waited() or registered like 'no %' and pgqueue.is_current(registered) then
     return pgqueue.start_waiting(subscription_id);
   end if;
   if pgqueue.is_current(registered) and exists (

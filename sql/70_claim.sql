@@ -127,16 +127,27 @@ begin
       v_room := case when v_due.alone then 0
         else max_messages - coalesce(cardinality(v_due.tids), 0) end;
     end if;
-    select
-      array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
-      bool_or(d.expires_at <= v_now or d.not_before > v_now)
-    into v_tids, v_ids, v_attempts, v_unfit
-    from (
-      select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
+    if v_room = 1 then
+      -- without aggregates, which cost as much as all the rest of it
+      select
+        array[d.ctid], array[d.message_id], array[pgqueue.one_more(d.attempts)],
+        d.expires_at <= v_now or d.not_before > v_now
+      into v_tids, v_ids, v_attempts, v_unfit
       from pgqueue.deliveries d
       where d.subscription_id = (s).subscription_id and d.lane = 0 and d.message_id > v_low
-      order by d.message_id limit v_room for update skip locked
-    ) d;
+      order by d.message_id limit 1 for update skip locked;
+    else
+      select
+        array_agg(d.tid), array_agg(d.message_id), array_agg(pgqueue.one_more(d.attempts)),
+        bool_or(d.expires_at <= v_now or d.not_before > v_now)
+      into v_tids, v_ids, v_attempts, v_unfit
+      from (
+        select d.ctid as tid, d.message_id, d.attempts, d.expires_at, d.not_before
+        from pgqueue.deliveries d
+        where d.subscription_id = (s).subscription_id and d.lane = 0 and d.message_id > v_low
+        order by d.message_id limit v_room for update skip locked
+      ) d;
+    end if;
     if v_alone is not null then
       if v_quota = 0 and v_ids is null then
         v_quota := 1;  -- the retry was passed over for nothing

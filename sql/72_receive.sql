@@ -2,16 +2,16 @@
 -- a queue table is analyzed when it is empty and then grows, and a plan that
 -- went by that would read the whole table for every fetch.
 
--- Turns a claim into a lease and returns its receipt.
-create function pgqueue.take(c pgqueue.claim, lease interval, owner int) returns bigint
+-- Turns a claim into a lease and returns its receipt. is_first: the transaction
+-- had written nothing before, so it has no floor to remember.
+create function pgqueue.take(
+  c pgqueue.claim, lease interval, owner int, is_first boolean
+) returns bigint
 language plpgsql
 as $$
 declare
-  -- take_receipt_floor() without the call, unless somebody squats on the floor
   v_receipt bigint := case
-    when current_setting('pgqueue.receipt_floor', true) = pg_current_xact_id()::text
-      or pgqueue.lock_receipt_floor(pgqueue.last_receipt())
-        and set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true) is not null
+    when is_first and pgqueue.lock_receipt_floor(pgqueue.last_receipt())
       or pgqueue.take_receipt_floor()
     then nextval('pgqueue.receipts') end;
   v_owner int := pgqueue.owner_of_session(owner);
@@ -111,7 +111,7 @@ begin
       hint = 'Call fetch_pending before, in the same transaction, and name what it returned'
         || case v_subscription.ordering when 'none' then '.' else ': all of it, or its first messages.' end;
   end if;
-  return pgqueue.take(v_claim, lease, owner);
+  return pgqueue.take(v_claim, lease, owner, false);
 end $$;
 
 comment on function pgqueue.mark_delivered(text, bigint[], interval, int) is
@@ -139,6 +139,7 @@ declare
   v_receipt bigint;
   v_registered text;
   v_found boolean;
+  v_is_first boolean := pg_current_xact_id_if_assigned() is null;
 begin
   if (
     current_setting('transaction_isolation') = 'read committed' and max_messages > 0
@@ -153,10 +154,12 @@ begin
   if not found then
     v_subscription := pgqueue.subscription_named(subscription);
   end if;
-  v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
-  -- a rollback brings the setting back, not the locks
-  if (v_registered like 'no - %' and pgqueue.is_current(v_registered)) is false then
-    v_found := pgqueue.stop_waiting(v_subscription.subscription_id);
+  if not pgqueue.never_waited() then
+    v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
+    -- a rollback brings the setting back, not the locks
+    if (v_registered like 'no - %' and pgqueue.is_current(v_registered)) is false then
+      v_found := pgqueue.stop_waiting(v_subscription.subscription_id);
+    end if;
   end if;
   if v_subscription.ordering <> 'none' then
     -- before the ack: it is cheaper in a transaction that has written nothing
@@ -170,7 +173,7 @@ begin
     perform pgqueue.stamp_ack(v_subscription.subscription_id);
   end if;
   if v_claim.message_ids is not null then
-    v_receipt := pgqueue.take(v_claim, lease, owner);
+    v_receipt := pgqueue.take(v_claim, lease, owner, v_is_first);
     if v_found then
       perform pgqueue.wake_next(v_subscription.subscription_id, true);
       perform pgqueue.set_not_waiting(v_subscription.subscription_id, false);
