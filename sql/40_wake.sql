@@ -67,7 +67,7 @@ as $$
 declare
   v_slot int := pgqueue.lingering_slot();
 begin
-  for slot in v_slot - 1..v_slot loop
+  for slot in reverse v_slot..v_slot - 1 loop
     for lingerer in 0..pgqueue.lingerers() - 1 loop
       if pgqueue.is_held(
         pgqueue.lingering_locks(), pgqueue.lingering_key(subscription_id, slot, lingerer)
@@ -79,19 +79,18 @@ begin
   return false;
 end $$;
 
--- Leaves it to a consumer that lingers, or wakes one that waits in a seat: for a
--- second the same one first, whose process is warm, and then another, for one may
--- be stuck. If none does, all that LISTEN to the subscription's channel. Not with
--- pgqueue.notify off (PREPARE TRANSACTION forbids NOTIFY), and not into a queue
--- that a stuck listener let run full, where it would fail the publisher: the
--- consumers' polling finds the message then.
+-- Wakes one that waits in a seat: for a second the same one first, whose process is
+-- warm, and then another, for one may be stuck. If none does, all that LISTEN to the
+-- subscription's channel. Not with pgqueue.notify off (PREPARE TRANSACTION forbids
+-- NOTIFY), and not into a queue that a stuck listener let run full, where it would fail
+-- the publisher: the consumers' polling finds the message then.
 create function pgqueue.notify(subscription_id int, everybody boolean) returns void
 language plpgsql
 as $$
 declare
   v_channel text := pgqueue.channel_of(subscription_id);
   v_random int := hashint8(extract(epoch from clock_timestamp())::bigint);
-  v_seat int := v_random & pgqueue.seats() - 1;
+  v_seat int;
   -- odd, to come by every seat; not always 1, for seats that are taken lie side by side
   v_step int := v_random >> 8 & pgqueue.seats() - 1 | 1;
 begin
@@ -103,20 +102,22 @@ begin
   if everybody then
     perform pg_notify(v_channel, '');
     return;
-  elsif pgqueue.someone_lingers(subscription_id) then
-    return;
   end if;
-  for i in 1..pgqueue.seats() loop
+  for i in 0..pgqueue.seats() + 5 loop
+    -- seats are taken from the first on: one of all, of half of them, and so on to the
+    -- first; then all the others
+    v_seat := case when i <= 5 then (v_random & pgqueue.seats() - 1) >> i
+      else (v_seat + v_step) & pgqueue.seats() - 1 end;
     if pgqueue.is_held(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat)) then
       perform pg_notify(v_channel || '_' || v_seat, '');
       return;
     end if;
-    v_seat := (v_seat + v_step) % pgqueue.seats();
   end loop;
   perform pg_notify(v_channel, '');
 end $$;
 
--- wake() when it is not clear that nobody waits. The second tries tell consumers from
+-- wake() when it is not clear that nobody waits. Leaves it to a consumer that lingers,
+-- if one does: where many wait that is the usual case. The second tries tell consumers from
 -- other publishers that looked at the same moment. Who cannot get the waking lock
 -- (somebody may look at it, time and again, or squat on it) is not seen by one that
 -- begins to wait now, and notifies whoever LISTENs.
@@ -130,7 +131,9 @@ begin
       pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
     );
   end loop;
-  if not announced or not pgqueue.nobody_waits(subscription_id) then
+  if not announced or not (
+    pgqueue.someone_lingers(subscription_id) or pgqueue.nobody_waits(subscription_id)
+  ) then
     perform pgqueue.notify(subscription_id, not announced);
   end if;
   return true;
