@@ -25,6 +25,7 @@ from . import (
     plots,
     publish,
     receive,
+    rules,
 )
 from .report import Report, save, summary
 from .scale import FULL, QUICK, Scale
@@ -38,6 +39,7 @@ GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
     "latency": latency.run,
     "ordered": ordered.run,
     "idle": idle_cost.run,
+    "rules": rules.run,
     "backlog": backlog.run,
     "held": held_snapshot.run,
     "plans": plans.run,
