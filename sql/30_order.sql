@@ -158,7 +158,8 @@ language plpgsql
 as $$
 begin
   perform pgqueue.take_receipt_floor();
-  new.hold := nextval('pgqueue.receipts');
+  -- in a restore it keeps its own, by which hold_low goes
+  new.hold := coalesce(new.hold, nextval('pgqueue.receipts'));
   return new;
 end $$;
 

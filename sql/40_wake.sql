@@ -79,6 +79,15 @@ begin
   return false;
 end $$;
 
+-- Where to look for a waiting seat, at the first try (0) and so on. Seats are taken from
+-- the first on: at random among all, among half of them, and so on to the first; then by
+-- odd steps, which come by every one, and are not always 1, for seats that are taken lie
+-- side by side.
+create function pgqueue.seat_to_try(random int, try int) returns int
+language sql immutable parallel safe
+return case when try <= 5 then random & ((pgqueue.seats() >> try) - 1)
+  else ((random >> 8 | 1) * (try - 5)) & (pgqueue.seats() - 1) end;
+
 -- Wakes one that waits in a seat: for a second the same one first, whose process is
 -- warm, and then another, for one may be stuck. If none does, all that LISTEN to the
 -- subscription's channel. Not with pgqueue.notify off (PREPARE TRANSACTION forbids
@@ -91,8 +100,6 @@ declare
   v_channel text := pgqueue.channel_of(subscription_id);
   v_random int := hashint8(extract(epoch from clock_timestamp())::bigint);
   v_seat int;
-  -- odd, to come by every seat; not always 1, for seats that are taken lie side by side
-  v_step int := v_random >> 8 & pgqueue.seats() - 1 | 1;
 begin
   if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')
     or pg_notification_queue_usage() >= 0.5
@@ -103,11 +110,8 @@ begin
     perform pg_notify(v_channel, '');
     return;
   end if;
-  for i in 0..pgqueue.seats() + 5 loop
-    -- seats are taken from the first on: one of all, of half of them, and so on to the
-    -- first; then all the others
-    v_seat := case when i <= 5 then (v_random & pgqueue.seats() - 1) >> i
-      else (v_seat + v_step) & pgqueue.seats() - 1 end;
+  for try in 0..pgqueue.seats() + 5 loop
+    v_seat := pgqueue.seat_to_try(v_random, try);
     if pgqueue.is_held(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat)) then
       perform pg_notify(v_channel || '_' || v_seat, '');
       return;

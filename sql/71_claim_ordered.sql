@@ -148,7 +148,8 @@ begin
       -- not one that is held: to insert it would wait for whoever ends the hold
       and k.key_hash <> all (v_held)
     on conflict do nothing;
-    v_held := pgqueue.held_of(l, v_hashes);
+    -- and those seen before: a hold that has ended meanwhile was not begun anew
+    v_held := array(select distinct k from unnest(v_held || pgqueue.held_of(l, v_hashes)) k);
   end if;
   if v_held = '{}' then
     return c;

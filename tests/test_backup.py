@@ -16,6 +16,7 @@ import pytest
 
 from pgqueue_sql.private_server import Installation, PrivateServer, find_installations
 
+from .calls import ack, put, receive_all, requeue
 from .helpers import Connection, column, contents, one, publish, receive, subscribe
 from .servers import Database, Servers
 from .test_order import ids_received
@@ -206,3 +207,25 @@ def test_old_messages_loaded_through_the_parent_are_not_delivered_again(
     )
     assert one(connection, "select count(*) from pgqueue.messages") == 3
     assert one(connection, "select count(*) from pgqueue.deliveries") == 0
+
+
+@every_format
+@pytest.mark.parametrize("restore", INSTALLATIONS[:1], indirect=True, ids=["to newest"])
+@pytest.mark.one_backend
+def test_a_key_that_is_held_stays_so(
+    database: Database, restore: Restore, restore_as: Callable[[Restore], None]
+) -> None:
+    source = database.connect(autocommit=True)
+    subscribe(source, "s", ordering="key", lanes=1)
+    for _ in range(3):
+        put(source, 0, "other")
+        ack(source, receive(source, "s"))
+    put(source, 1, "a")
+    requeue(source, receive(source, "s"), "1 hour")
+    source.execute("select pgqueue.maintain()")
+    put(source, 2, "a")
+    restore_as(restore)
+    with psycopg.connect(restore.dsn, autocommit=True) as restored:
+        assert receive(restored, "s") == []
+        restored.execute("update pgqueue.retries set due_at = clock_timestamp()")
+        assert receive_all(restored) == [1, 2]

@@ -14,6 +14,8 @@ from tests.helpers import (
     payloads,
     receive,
     subscribe,
+    together,
+    wait_until_blocked,
 )
 from tests.servers import Database
 
@@ -98,3 +100,32 @@ def test_receive_finds_at_once_what_waits_behind_a_hold_that_is_over(database: D
         put(connection, 5, "a")
         assert receive_all(connection) == [5]
         connection.execute("select pgqueue.unsubscribe('s')")
+
+
+def test_a_message_that_waits_does_so_though_the_hold_of_its_key_ends_at_that_moment(
+    database: Database,
+) -> None:
+    connection, consumer = database.connect(autocommit=True), database.connect(autocommit=True)
+    subscribe(connection, "s", ordering="key", lanes=1)
+    put(connection, 1, "a")
+    requeue(connection, receive(connection, "s"))
+    last_of_the_hold = receive(connection, "s")
+    connection.execute("select pgqueue.publish('t', '2', key => 'a', delay => '1 hour')")
+    connection.execute(
+        "create function gate() returns trigger language plpgsql as"
+        " 'begin perform pg_advisory_xact_lock_shared(1); return null; end';"
+        "create trigger gate before insert on pgqueue.held_keys"
+        " for each statement execute function gate();"
+        "select pg_advisory_lock(1)"
+    )
+    handler = database.connect()
+    ack(handler, last_of_the_hold)
+
+    def end_the_hold() -> None:
+        wait_until_blocked(connection, consumer.info.backend_pid)
+        handler.commit()
+        connection.execute("select pg_advisory_unlock(1)")
+
+    assert together([lambda: receive(consumer, "s"), end_the_hold]) == [[], None]
+    assert receive_all(connection) == []
+    assert status(connection) == {"retrying": 1}

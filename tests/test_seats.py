@@ -55,6 +55,30 @@ def connection(database: Database) -> Connection:
     return connection
 
 
+@pytest.mark.parametrize("taken", [1, 2, 4, 8, 16, 32])
+def test_any_of_the_first_seats_is_the_first_to_be_found(
+    connection: Connection, taken: int
+) -> None:
+    """As often as the others: one may be stuck."""
+    found = connection.execute(
+        "select count(*) from generate_series(1, 2000) n cross join lateral ("
+        " select pgqueue.seat_to_try(hashint8(n), try) as seat from generate_series(0, 37) try"
+        " where pgqueue.seat_to_try(hashint8(n), try) < %s order by try limit 1"
+        ") first group by first.seat",
+        [taken],
+    ).fetchall()
+    assert len(found) == taken
+    assert min(found)[0] > 2000 / taken / 2
+
+
+def test_every_seat_is_tried(connection: Connection) -> None:
+    assert column(
+        connection,
+        "select distinct count(distinct pgqueue.seat_to_try(hashint8(n), try))"
+        " from generate_series(1, 100) n, generate_series(0, 37) try group by n",
+    ) == [32]
+
+
 def test_one_of_those_who_wait_is_woken(database: Database, connection: Connection) -> None:
     consumers = seated(database, 5)
     publish(connection)
