@@ -113,11 +113,12 @@ begin
     end if;
   end if;
   v_found := pgqueue.someone_wakes(subscription_id);
-  perform pgqueue.set_not_waiting(subscription_id, v_found);
+  v_registered := pgqueue.set_not_waiting(subscription_id, v_found);
   return v_found;
 end $$;
 
-create function pgqueue.set_not_waiting(subscription_id int, found boolean) returns void
+-- What it returns lets the planner inline it.
+create function pgqueue.set_not_waiting(subscription_id int, found boolean) returns text
 language sql volatile
 return set_config(
   pgqueue.waiting_setting(subscription_id),
@@ -159,7 +160,7 @@ begin
       return true;
     end if;
   end loop;
-  perform pgqueue.set_not_waiting(subscription_id, v_registered like 'no found %');
+  v_registered := pgqueue.set_not_waiting(subscription_id, v_registered like 'no found %');
   return false;
 end $$;
 

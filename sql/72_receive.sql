@@ -176,7 +176,7 @@ begin
     v_receipt := pgqueue.take(v_claim, lease, owner, v_is_first);
     if v_found then
       perform pgqueue.wake_next(v_subscription.subscription_id, true);
-      perform pgqueue.set_not_waiting(v_subscription.subscription_id, false);
+      v_registered := pgqueue.set_not_waiting(v_subscription.subscription_id, false);
     elsif split_part(v_registered, ' ', 4) not in ('', '-')
       -- mostly it took all there is, and the last that was published
       and (v_subscription.ordering = 'none' and v_claim.retry_tids is null

@@ -171,20 +171,24 @@ create function pgqueue.stamp_ack(subscription_id int) returns void
 language plpgsql
 as $$
 #variable_conflict use_column
+declare
+  v_lane smallint;
+  v_last_ack_at timestamptz;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;
   end if;
-  update pgqueue.lanes l set last_ack_at = clock_timestamp()
-  where l.ctid = any (array(
-    select l.ctid from (
-      select l.lane from pgqueue.lanes l
-      where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1
-    ) first join pgqueue.lanes l
-      on l.subscription_id = stamp_ack.subscription_id and l.lane = first.lane
-    where l.last_ack_at < clock_timestamp() - interval '1 s'
-    for update of l skip locked
-  ));
+  select l.lane, l.last_ack_at into v_lane, v_last_ack_at from pgqueue.lanes l
+  where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1;
+  if v_last_ack_at < clock_timestamp() - interval '1 s' then
+    update pgqueue.lanes l set last_ack_at = clock_timestamp()
+    where l.ctid = any (array(
+      select l.ctid from pgqueue.lanes l
+      where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane
+        and l.last_ack_at < clock_timestamp() - interval '1 s'
+      for update skip locked
+    ));
+  end if;
 end $$;
 
 create function pgqueue.extend(receipt bigint, lease interval) returns timestamptz

@@ -43,7 +43,7 @@ end $$;
 -- When the subscription will have something to see to, if it has nothing now;
 -- NULL if there may be something: of messages, up to last_id. The look of those
 -- who wait and poll: cheap.
-create function pgqueue.next_event(subscription_id int, last_id bigint) returns timestamptz
+create function pgqueue.next_event(s pgqueue.subscriptions, last_id bigint) returns timestamptz
 language plpgsql
 as $$
 #variable_conflict use_column
@@ -52,21 +52,24 @@ declare
   v_now timestamptz := clock_timestamp();
   v_last_id bigint := pgqueue.last_id();
 begin
+  if (s).ordering = 'key' and exists (
+    select from pgqueue.idle_keys k where k.subscription_id = (s).subscription_id
+  ) then
+    return null;
+  end if;
   select least(
-    pgqueue.next_due(next_event.subscription_id), min(e.deadline), 'infinity'
+    pgqueue.next_due((s).subscription_id), min(e.deadline), 'infinity'
   ) into v_at
   from pgqueue.leases e
-  where e.subscription_id = next_event.subscription_id and e.receipt + 0 > (
-    select m.receipt_low from pgqueue.marks m where m.subscription_id = next_event.subscription_id
+  where e.subscription_id = (s).subscription_id and e.receipt + 0 > (
+    select m.receipt_low from pgqueue.marks m where m.subscription_id = (s).subscription_id
   )
   having bool_or(
     case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end
   ) is not true
   and not exists (
-    select from pgqueue.idle_keys k where k.subscription_id = next_event.subscription_id
-  ) and not exists (
     select from pgqueue.lanes l
-    where l.subscription_id = next_event.subscription_id and (
+    where l.subscription_id = (s).subscription_id and (
       l.low < v_last_id and l.tended_at < v_now - interval '10 s'
       or exists (
         select from pgqueue.deliveries d

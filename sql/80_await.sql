@@ -34,8 +34,13 @@ declare
   v_sleep interval := poll;
   v_quiet boolean;
 begin
-  perform pgqueue.require_read_committed('await');
-  perform pgqueue.require_duration('poll', poll, false);
+  if (
+    current_setting('transaction_isolation') = 'read committed'
+    and poll > interval '0 s' and poll < interval '100 years'
+  ) is not true then
+    perform pgqueue.require_read_committed('await');
+    perform pgqueue.require_duration('poll', poll, false);
+  end if;
   v_subscription := pgqueue.subscription_named(subscription);
 
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
@@ -74,7 +79,7 @@ begin
     v_looks_up_to := split_part(v_registered, ' ', 6)::bigint;
   end if;
   v_last_id := pgqueue.last_id();
-  v_event := pgqueue.next_event(v_subscription.subscription_id, v_looks_up_to);
+  v_event := pgqueue.next_event(v_subscription, v_looks_up_to);
   if not v_in_flight then
     if v_event > clock_timestamp() + poll then
       v_sleep := pgqueue.poll_by_turns(v_subscription.subscription_id, poll);
@@ -89,7 +94,8 @@ begin
     );
     -- what blocks may be redriven without a number being drawn
     if v_quiet and v_event = 'infinity' and v_looks_up_to >= v_last_id
-      and not pgqueue.something_blocks(v_subscription.subscription_id)
+      and (v_subscription.ordering = 'none'
+        or not pgqueue.something_blocks(v_subscription.subscription_id))
     then
       perform set_config('pgqueue.idle', seen || ' ' || subscription, false);
       perform set_config(
@@ -163,11 +169,9 @@ begin
     end if;
     return v_sleep;
   end if;
-  if linger is not null then
+  if linger <> interval '0 s' then
     perform pgqueue.require_duration('linger', linger, true);
-    if linger > interval '0 s' and pgqueue.lingers(
-      (pgqueue.subscription_named(subscription)).subscription_id
-    ) then
+    if pgqueue.lingers((pgqueue.subscription_named(subscription)).subscription_id) then
       return least(linger, interval '0.1 s');
     end if;
   end if;
