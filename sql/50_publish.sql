@@ -103,7 +103,6 @@ as $$
 #variable_conflict use_variable
 declare
   v_now timestamptz := clock_timestamp();
-  v_floor bigint;
   v_id bigint := case
     when topic is not null and payload is not null
       and num_nonnulls(headers, delay, deliver_at, dedup_key) = 0
@@ -127,14 +126,15 @@ begin
       end if;
       perform pgqueue.require_message(topic, payload is null, headers, deliver_at);
     end if;
-    v_floor := pgqueue.take_floor();  -- not PERFORM, which is a query
-    if dedup_key is not null then
+    v_id := pgqueue.take_floor();  -- not PERFORM, which is a query
+    if dedup_key is null then
+      v_id := nextval('pgqueue.message_ids');
+    else
       v_id := pgqueue.claim_dedup_key(topic, dedup_key, dedup_window);
       if v_id < 0 then
         return -v_id;
       end if;
     end if;
-    v_id := coalesce(v_id, nextval('pgqueue.message_ids'));
   end if;
   with message as (
     insert into pgqueue.message_ring (

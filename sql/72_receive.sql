@@ -3,7 +3,7 @@
 -- went by that would read the whole table for every fetch.
 
 -- Turns a claim into a lease and returns its receipt. is_first: the transaction
--- had written nothing before, so it has no floor to remember.
+-- had written nothing before the call, so it has no floor yet.
 create function pgqueue.take(
   c pgqueue.claim, lease interval, owner int, is_first boolean
 ) returns bigint
@@ -12,6 +12,7 @@ as $$
 declare
   v_receipt bigint := case
     when is_first and pgqueue.lock_receipt_floor(pgqueue.last_receipt())
+        and set_config('pgqueue.receipt_floor', pg_current_xact_id()::text, true) is not null
       or pgqueue.take_receipt_floor()
     then nextval('pgqueue.receipts') end;
   v_owner int := pgqueue.owner_of_session(owner);
