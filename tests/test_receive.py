@@ -270,3 +270,15 @@ def test_total_order_waits_for_an_ack_that_is_not_committed(database: Database) 
     assert receive(connection, "s") == []
     handler.commit()
     assert payloads(receive(connection, "s")) == [2]
+
+
+@pytest.mark.one_backend
+def test_ends_a_wait_that_only_a_rolled_back_transaction_knows_of(database: Database) -> None:
+    consumer = database.connect(autocommit=True)
+    subscribe(consumer, "s")
+    locks = "select count(*) from pg_locks where classid = pgqueue.waiting_locks()::oid"
+    with consumer.transaction(force_rollback=True):
+        consumer.execute("select pgqueue.await('s')")
+    assert one(consumer, locks) == 1
+    assert receive(consumer, "s") == []
+    assert one(consumer, locks) == 0
