@@ -128,7 +128,7 @@ begin
         else max_messages - coalesce(cardinality(v_due.tids), 0) end;
     end if;
     if v_room = 1 then
-      -- without aggregates, which cost as much as all the rest of it
+      -- without aggregates, whose set-up is a tenth of the claim
       select
         array[d.ctid], array[d.message_id], array[pgqueue.one_more(d.attempts)],
         d.expires_at <= v_now or d.not_before > v_now
