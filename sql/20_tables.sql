@@ -159,6 +159,8 @@ create table pgqueue.leases (
   leased_at timestamptz not null default clock_timestamp(),
   deadline timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
+-- To compress the ids of a batch of 1,000 took a quarter of its receive.
+alter table pgqueue.leases alter column message_ids set storage external;
 -- For every look at a subscription's leases, whatever for.
 create index leases_of_subscription on pgqueue.leases (subscription_id, (receipt + 0));
 

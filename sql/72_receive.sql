@@ -140,6 +140,9 @@ declare
   v_receipt bigint;
   v_registered text;
   v_found boolean;
+  v_first bigint;
+  v_last bigint;
+  v_leaf int;
   v_is_first boolean := pg_current_xact_id_if_assigned() is null;
 begin
   if (
@@ -175,6 +178,8 @@ begin
   end if;
   if v_claim.message_ids is not null then
     v_receipt := pgqueue.take(v_claim, lease, owner, v_is_first);
+    v_first := v_claim.message_ids[1];
+    v_last := v_claim.message_ids[cardinality(v_claim.message_ids)];
     if v_found then
       perform pgqueue.wake_next(v_subscription.subscription_id, true);
       v_registered := pgqueue.set_not_waiting(v_subscription.subscription_id, false);
@@ -182,18 +187,23 @@ begin
       -- mostly it took all there is, and the last that was published
       and (v_subscription.ordering = 'none' and v_claim.retry_tids is null
         and cardinality(v_claim.message_ids) < max_messages
-        and v_claim.message_ids[cardinality(v_claim.message_ids)] = pgqueue.last_id()) is not true
+        and v_last = pgqueue.last_id()) is not true
     then
       perform pgqueue.wake_next(v_subscription.subscription_id, false);
     end if;
-    if v_claim.retry_tids is null
-      and v_claim.message_ids[1] >> 16 = v_claim.message_ids[cardinality(v_claim.message_ids)] >> 16
+    if v_claim.retry_tids is null and v_first >> 16 = v_last >> 16
       and v_claim.attempts[1] = all (v_claim.attempts)
     then
-      return query
-      select m.*, v_receipt from pgqueue.messages_of_leaf(
-        ((v_claim.message_ids[1] >> 16) & 3)::int, v_claim.message_ids, v_claim.attempts[1]
-      ) m;
+      v_leaf := (v_first >> 16) & 3;
+      if v_last - v_first < cardinality(v_claim.message_ids) then
+        return query
+        select m.*, v_receipt
+        from pgqueue.messages_of_run(v_leaf, v_first, v_last, v_claim.attempts[1]) m;
+      else
+        return query
+        select m.*, v_receipt
+        from pgqueue.messages_of_leaf(v_leaf, v_claim.message_ids, v_claim.attempts[1]) m;
+      end if;
     else
       return query
       select m.*, v_receipt from pgqueue.messages_of(v_claim.message_ids, v_claim.attempts) m;

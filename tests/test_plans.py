@@ -48,6 +48,8 @@ def publish_some(connection: Connection) -> None:
     # beyond the 5 executions after which PostgreSQL may change to a generic plan
     for _ in range(7):
         connection.execute("select pgqueue.publish('t', '1')")
+        # a gap, for messages are read in another way then
+        connection.execute("select pgqueue.publish('unread', '1')")
     publish(connection, 100)
 
 
