@@ -103,17 +103,14 @@ declare
   v_retry_tids tid[];
   v_unfit boolean;
 begin
-  select l.low, l.tended_at, l.last_delivered_at, m.due_low, r.alone
-  into v_low, v_tended_at, v_last_delivered_at, v_due_low, v_alone
-  from pgqueue.lanes l cross join lateral (
-    select pgqueue.trusted_due_low(l.due_low, l.due_tended_at) as due_low
-  ) m left join lateral (
-    select r.alone from pgqueue.retries r
-    where pgqueue.due_queue(r.subscription_id, r.key_hash) = l.subscription_id
-      and r.due_at > m.due_low and r.due_at <= v_now
-    order by r.due_at, r.message_id limit 1
-  ) r on true
-  where l.subscription_id = (s).subscription_id and l.lane = 0;
+  select
+    l.low, l.tended_at, l.last_delivered_at, pgqueue.trusted_due_low(l.due_low, l.due_tended_at)
+  into v_low, v_tended_at, v_last_delivered_at, v_due_low
+  from pgqueue.lanes l where l.subscription_id = (s).subscription_id and l.lane = 0;
+  select r.alone into v_alone from pgqueue.retries r
+  where pgqueue.due_queue(r.subscription_id, r.key_hash) = (s).subscription_id
+    and r.due_at > v_due_low and r.due_at <= v_now
+  order by r.due_at, r.message_id limit 1;
   if v_alone is not null then
     -- before a retry is locked: what is locked and not taken is kept from others
     v_quota := pgqueue.retry_quota(
