@@ -34,13 +34,6 @@ declare
   v_sleep interval := poll;
   v_quiet boolean;
 begin
-  if (
-    current_setting('transaction_isolation') = 'read committed'
-    and poll > interval '0 s' and poll < interval '100 years'
-  ) is not true then
-    perform pgqueue.require_read_committed('await');
-    perform pgqueue.require_duration('poll', poll, false);
-  end if;
   v_subscription := pgqueue.subscription_named(subscription);
 
   v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
@@ -155,10 +148,14 @@ declare
   v_crowd int;
   v_sleep interval;
 begin
-  if current_setting('pgqueue.idle', true) = v_seen || ' ' || subscription
-    and current_setting('transaction_isolation') = 'read committed'
+  if (
+    current_setting('transaction_isolation') = 'read committed'
     and poll > interval '0 s' and poll < interval '100 years'
-  then
+  ) is not true then
+    perform pgqueue.require_read_committed('await');
+    perform pgqueue.require_duration('poll', poll, false);
+  end if;
+  if current_setting('pgqueue.idle', true) = v_seen || ' ' || subscription then
     v_crowd := nullif(current_setting('pgqueue.idle_crowd', true), '')::int;
     if v_crowd is null then
       return poll;
