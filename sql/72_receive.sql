@@ -195,7 +195,7 @@ begin
       and v_claim.attempts[1] = all (v_claim.attempts)
     then
       v_leaf := (v_first >> 16) & 3;
-      if v_last - v_first < cardinality(v_claim.message_ids) then
+      if v_last - v_first = cardinality(v_claim.message_ids) - 1 then
         return query
         select m.*, v_receipt
         from pgqueue.messages_of_run(v_leaf, v_first, v_last, v_claim.attempts[1]) m;
