@@ -73,6 +73,7 @@ create table leases (
   message_ids bigint[],
   deadline timestamptz not null default clock_timestamp() + interval '30 s'
 );
+alter table leases alter column message_ids set storage external;
 create trigger announce after insert on announced
 for each statement execute function announce();
 
