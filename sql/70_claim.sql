@@ -107,6 +107,7 @@ begin
     l.low, l.tended_at, l.last_delivered_at, pgqueue.trusted_due_low(l.due_low, l.due_tended_at)
   into v_low, v_tended_at, v_last_delivered_at, v_due_low
   from pgqueue.lanes l where l.subscription_id = (s).subscription_id and l.lane = 0;
+  -- after the mark, which only rises; joined to the lane's row it costs more
   select r.alone into v_alone from pgqueue.retries r
   where pgqueue.due_queue(r.subscription_id, r.key_hash) = (s).subscription_id
     and r.due_at > v_due_low and r.due_at <= v_now

@@ -42,8 +42,8 @@ def test_receive_takes_the_oldest_messages_under_one_receipt(
     assert {message.receipt for message in later}.isdisjoint({messages[0].receipt})
 
 
-# By a range of ids, one by one, or in between: without gaps, with one, with many; in one leaf or
-# two; all at their first attempt or not.
+# They are read by a range of ids where there is no gap, by a list of them where there is, and one
+# by one where they lie in two leaves or some were tried before.
 @pytest.mark.parametrize("gaps", [[], [2], [1, 2, 3, 4, 5, 6, 7]])
 @pytest.mark.parametrize("is_retried", [False, True])
 @pytest.mark.parametrize("first_id", [1, 65536 - 4])
