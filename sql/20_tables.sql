@@ -144,7 +144,8 @@ create table pgqueue.deliveries (
 comment on table pgqueue.deliveries is 'One row per subscription and message that waits to be delivered.';
 
 -- One row per batch in flight. attempts runs beside message_ids and counts
--- this delivery. key_hash: the batch comes from the queue of a held key.
+-- this delivery. key_hashes: the batch comes from the queues of those held keys,
+-- which may be of several lanes.
 -- first_id is the lowest of the message_ids at the time of the lease.
 create table pgqueue.leases (
   receipt bigint primary key default nextval('pgqueue.receipts'),
@@ -153,7 +154,7 @@ create table pgqueue.leases (
   first_id bigint not null,
   message_ids bigint[] not null,
   attempts smallint[] not null,
-  key_hash int,
+  key_hashes int[],
   owner int,
   owner_pid int,
   leased_at timestamptz not null default clock_timestamp(),

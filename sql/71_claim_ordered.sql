@@ -43,7 +43,7 @@ begin
   end if;
   perform from pgqueue.leases e
   where e.subscription_id = (s).subscription_id and e.receipt + 0 > v_lane.receipt_low
-    and e.lane = claim_ordered.lane and e.key_hash is null
+    and e.lane = claim_ordered.lane and e.key_hashes is null
   limit 1;
   if found then
     return v_claim;
@@ -245,7 +245,7 @@ declare
     where not exists (
       select from pgqueue.leases e
       where e.subscription_id = l.subscription_id and e.receipt + 0 > l.receipt_low
-        and e.lane = l.lane and e.key_hash is null
+        and e.lane = l.lane and e.key_hashes is null
       offset 0
     );
 begin

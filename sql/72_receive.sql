@@ -27,15 +27,15 @@ begin
     delete from pgqueue.deliveries d where d.ctid = any (c.delivery_tids)
   )
   insert into pgqueue.leases (
-    receipt, subscription_id, lane, first_id, message_ids, attempts, key_hash,
+    receipt, subscription_id, lane, first_id, message_ids, attempts, key_hashes,
     owner, owner_pid, deadline
   ) values (
-    v_receipt, c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hash,
+    v_receipt, c.subscription_id, c.lane, c.message_ids[1], c.message_ids, c.attempts, c.key_hashes,
     v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
   );
-  if c.key_hash is not null then
-    update pgqueue.held_keys h set receipt = v_receipt, low = c.message_ids[1] - 1
-    where h.subscription_id = c.subscription_id and h.key_hash = c.key_hash;
+  if c.key_hashes is not null then
+    update pgqueue.held_keys h set receipt = v_receipt, low = greatest(h.low, c.message_ids[1] - 1)
+    where h.subscription_id = c.subscription_id and h.key_hash = any (c.key_hashes);
   end if;
   return v_receipt;
 end $$;

@@ -35,8 +35,9 @@ begin
         where (r.due_at > v_now and (r.place = 1 or r.due_at < 'infinity'))
           or (r.place > 1 and (r.attempts > 0 or r.alone or r.first_tried))
       ) - 1,
-      bool_or(r.expires_at <= v_now)
-    into v_claim.retry_tids, v_claim.message_ids, v_claim.attempts, v_keep, v_expired
+      bool_or(r.expires_at <= v_now), bool_or(r.place = 1 and r.alone)
+    into
+      v_claim.retry_tids, v_claim.message_ids, v_claim.attempts, v_keep, v_expired, v_claim.alone
     from (
       select r.*, row_number() over (order by r.message_id) as place,
         first_value(r.attempts > 0 or r.alone) over (order by r.message_id) as first_tried
@@ -64,20 +65,55 @@ begin
   end if;
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := v_held.lane;
-  v_claim.key_hash := v_held.key_hash;
+  v_claim.key_hashes := array[v_held.key_hash];
   select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, null)
   into v_claim.tending_is_due from pgqueue.lanes l
   where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
   return v_claim;
 end $$;
 
--- From whichever held key has been due the longest.
+-- Two claims on the queues of held keys as one, of either's lane.
+create function pgqueue.joined(c pgqueue.claim, other pgqueue.claim) returns pgqueue.claim
+language plpgsql immutable
+as $$
+begin
+  if c.message_ids is null or other.message_ids is null then
+    return case when c.message_ids is null then other else c end;
+  end if;
+  c.retry_tids := c.retry_tids || other.retry_tids;
+  c.message_ids := c.message_ids || other.message_ids;
+  c.attempts := c.attempts || other.attempts;
+  c.key_hashes := c.key_hashes || other.key_hashes;
+  if other.tending_is_due then
+    c.lane := other.lane;
+    c.tending_is_due := true;
+  end if;
+  return c;
+end $$;
+
+-- The messages of several keys in publish order.
+create function pgqueue.in_order(c pgqueue.claim) returns pgqueue.claim
+language plpgsql immutable
+as $$
+begin
+  if cardinality(c.key_hashes) > 1 then
+    select array_agg(i.id order by i.id), array_agg(i.attempts order by i.id)
+    into c.message_ids, c.attempts
+    from unnest(c.message_ids, c.attempts) as i (id, attempts);
+  end if;
+  return c;
+end $$;
+
+-- From the held keys that have been due the longest: one of them may have failed
+-- after one message of each batch.
 create function pgqueue.claim_held(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
 as $$
 declare
   v_claim pgqueue.claim;
+  v_next pgqueue.claim;
+  v_room int := max_messages;
   v_now timestamptz := clock_timestamp();
   v_due_low timestamptz := pgqueue.due_low_of(s.subscription_id);
   v_due record;
@@ -88,10 +124,28 @@ begin
       and r.due_at > v_due_low and r.due_at <= v_now
     order by r.due_at
   loop
-    v_claim := pgqueue.claim_held_key(s, v_due.key_hash, max_messages);
-    exit when v_claim.message_ids is not null;
+    continue when v_due.key_hash = any (v_claim.key_hashes);
+    v_next := pgqueue.claim_held_key(s, v_due.key_hash, v_room);
+    continue when v_next.message_ids is null;
+    -- locked, but not taken: it is the first of the next claim
+    exit when v_next.alone and v_claim.message_ids is not null;
+    v_claim := pgqueue.joined(v_claim, v_next);
+    v_room := max_messages - cardinality(v_claim.message_ids);
+    exit when v_room = 0 or v_claim.alone;
   end loop;
-  return v_claim;
+  return pgqueue.in_order(v_claim);
+end $$;
+
+-- After a lease on held keys' queues has ended.
+create function pgqueue.release_keys(l pgqueue.leases) returns void
+language plpgsql
+as $$
+begin
+  if l.key_hashes is not null
+    and not exists (select from pgqueue.leases e where e.receipt = (l).receipt)
+  then
+    perform pgqueue.release_key(l.subscription_id, k) from unnest(l.key_hashes) k;
+  end if;
 end $$;
 
 -- After a message of a held key is settled: lets the next one in its queue
@@ -138,7 +192,7 @@ begin
   end if;
 end $$;
 
--- The named messages, in order by key: they come from one lane or one held key,
+-- The named messages, in order by key: they come from one lane, or from held keys,
 -- so the first of them tells which.
 create function pgqueue.claim_named_by_key(
   s pgqueue.subscriptions, ids bigint[], settled bigint
@@ -148,22 +202,27 @@ as $$
 declare
   v_key text;
   v_claim pgqueue.claim;
+  v_held record;
 begin
   select m.key into v_key from pgqueue.messages_of(ids[1:1], null::smallint[]) m;
   if v_key is null then
     return pgqueue.claim_named(s.subscription_id, ids);
   end if;
-  perform from pgqueue.retries r
-  where r.subscription_id = s.subscription_id and r.message_id = ids[1]
-    and r.key_hash is not distinct from pgqueue.key_hash(v_key);
-  if found then
-    v_claim := pgqueue.claim_held_key(s, pgqueue.key_hash(v_key), cardinality(ids));
-  else
-    v_claim := pgqueue.claim_ordered(
-      s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
+  for v_held in
+    select r.key_hash, count(*)::int as messages from pgqueue.retries r
+    where r.subscription_id = s.subscription_id and r.message_id = any (ids)
+    group by r.key_hash
+  loop
+    v_claim := pgqueue.joined(
+      v_claim, pgqueue.claim_held_key(s, v_held.key_hash, v_held.messages)
     );
+  end loop;
+  if found then
+    return pgqueue.in_order(v_claim);
   end if;
-  return v_claim;
+  return pgqueue.claim_ordered(
+    s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
+  );
 end $$;
 
 -- Keys that are held without need: their last lease ended without release_key

@@ -98,7 +98,7 @@ begin
   if not found then
     perform pgqueue.raise_lease_lost(receipt);
   end if;
-  if v_lease.lane > 0 or v_lease.key_hash is not null or 1 <> any (v_lease.attempts) then
+  if v_lease.lane > 0 or 1 <> any (v_lease.attempts) then
     perform pgqueue.after_ack(v_lease);
   end if;
   return v_lease;
@@ -131,9 +131,7 @@ begin
   if 1 <> any (l.attempts) then
     perform pgqueue.forget_failures(l.subscription_id, l.message_ids);
   end if;
-  if l.key_hash is not null then
-    perform pgqueue.release_key(l.subscription_id, l.key_hash);
-  end if;
+  perform pgqueue.release_keys(l);
   if l.lane > 0 then
     perform pgqueue.wake(l.subscription_id);
   end if;

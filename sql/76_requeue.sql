@@ -43,9 +43,7 @@ begin
     perform pgqueue.bury(v_subscription, v_exhausted, 'attempts exhausted');
   end if;
   perform pgqueue.put_back(v_subscription, l, due_at, alone, not alone);
-  if (l).key_hash is not null then
-    perform pgqueue.release_key((l).subscription_id, (l).key_hash);
-  end if;
+  perform pgqueue.release_keys(l);
 end $$;
 
 -- When a message is due again after so many attempts.
@@ -79,7 +77,7 @@ begin
       least(m.expires_at, m.published_at + (s).max_age) as expires_at,
       pgqueue.key_hash(m.key) as key_hash,
       case when (l).lane = 0 then 'retries'
-        when (l).key_hash is not null or (failed and (s).ordering = 'key') then 'held'
+        when (l).key_hashes is not null or (failed and (s).ordering = 'key') then 'held'
         -- a part of a lease: what is left of it may fail, and then come from the queue
         when (s).ordering = 'key' and exists (
           select from pgqueue.leases e where e.receipt = (l).receipt
@@ -203,7 +201,9 @@ begin
     -- Only by whoever may take the messages then: if one had the lane and
     -- another one its lease, neither would get them. Both or none.
     begin
-      continue when not pgqueue.lock_queue(v_lease.subscription_id, v_lease.lane, v_lease.key_hash);
+      if not pgqueue.lock_queues(v_lease.subscription_id, v_lease.lane, v_lease.key_hashes) then
+        raise no_data_found;
+      end if;
       select e.* into v_lease from pgqueue.leases e
       where e.receipt = v_lease.receipt
         -- it may have been extended meanwhile

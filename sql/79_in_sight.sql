@@ -117,7 +117,7 @@ begin
     select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
       select from pgqueue.leases e
       where e.subscription_id = l.subscription_id and e.receipt + 0 > v_receipt_low
-        and e.lane = l.lane and e.lane > 0 and e.key_hash is null
+        and e.lane = l.lane and e.lane > 0 and e.key_hashes is null
       offset 0
     ) as is_leased
     from pgqueue.deliveries d

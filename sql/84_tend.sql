@@ -42,7 +42,7 @@ begin
      where d.subscription_id = tend.subscription_id and d.lane = tend.lane
        and d.message_id > v_lane.low
      order by d.message_id limit 1),
-    min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hash is null),
+    min(e.first_id) filter (where e.lane = tend.lane and e.lane > 0 and e.key_hashes is null),
     min(e.receipt),
     (select h.hold from pgqueue.held_keys h
      where h.subscription_id + 0 = tend.subscription_id and h.lane = tend.lane

@@ -52,7 +52,7 @@ from pgqueue.expired x join pgqueue.subscriptions s using (subscription_id) grou
 union all
 select s.subscription, l.lane, 'lane', count(*), 0, null
 from pgqueue.leases l join pgqueue.subscriptions s using (subscription_id)
-where l.lane > 0 and l.key_hash is null group by 1, 2
+where l.lane > 0 and l.key_hashes is null group by 1, 2
 """
 
 

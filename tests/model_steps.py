@@ -14,11 +14,12 @@ TOPICS = ("t", "u")
 ORDERINGS = ("none", "total", "key", "key", "key")
 LEASED_LANES = """
 select e.lane from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id)
-where s.subscription = %s and e.lane > 0 and e.key_hash is null
+where s.subscription = %s and e.lane > 0 and e.key_hashes is null
 """
 LEASED_KEYS = """
-select e.key_hash from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id)
-where s.subscription = %s and e.key_hash is not null
+select unnest(e.key_hashes)
+from pgqueue.leases e join pgqueue.subscriptions s using (subscription_id)
+where s.subscription = %s
 """
 LANE_OF = """
 select pgqueue.lane_of(s.ordering, s.lanes, %s::text)

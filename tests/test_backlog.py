@@ -104,7 +104,9 @@ def test_oldest_messages_make_room_as_dead_letters(database: Database, ordering:
     assert sorted(receive_all(connection)) == [3, 4, 5]
     assert status(connection, "other") == {"backlog": 5}
     held = one(connection, "select count(*) from pgqueue.held_keys")
-    assert held == one(connection, "select count(*) from pgqueue.leases where key_hash is not null")
+    assert held == one(
+        connection, "select count(*) from pgqueue.leases where key_hashes is not null"
+    )
 
 
 def test_batch_over_the_limit_drops_its_own_oldest(database: Database) -> None:
