@@ -215,8 +215,8 @@ begin
   );
 end $$;
 
--- Whether nobody else has a lock under which messages of an ordered lane, or
--- of held keys' queues, are taken. Lane 0 has none.
+-- Whether nobody else has the lock under which messages of an ordered lane, or
+-- of one of the held keys' queues, are taken. Lane 0 has none.
 create function pgqueue.lock_queues(subscription_id int, lane smallint, key_hashes int[])
 returns boolean
 language plpgsql
@@ -224,11 +224,9 @@ as $$
 #variable_conflict use_column
 begin
   if key_hashes is not null then
-    return cardinality(key_hashes) = cardinality(array(
-      select h.key_hash from pgqueue.held_keys h
-      where h.subscription_id = lock_queues.subscription_id and h.key_hash = any (key_hashes)
-      for update skip locked
-    ));
+    perform from pgqueue.held_keys h
+    where h.subscription_id = lock_queues.subscription_id and h.key_hash = any (key_hashes)
+    for update skip locked;
   elsif lock_queues.lane > 0 then
     perform from pgqueue.lanes l
     where l.subscription_id = lock_queues.subscription_id and l.lane = lock_queues.lane

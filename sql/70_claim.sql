@@ -1,8 +1,9 @@
 -- What a consumer may take: found and locked, not yet taken.
 
 -- Deliveries of one lane that the transaction has locked; or, with key_hashes, of
--- the queues of those held keys. alone: they are one, to be handed out by itself.
--- tending_is_due: the lane's row says that its housekeeping should be done.
+-- the queues of those held keys, each from its first_ids on. alone: it is one, to be
+-- handed out by itself. tending_is_due: the lane's row says that its housekeeping
+-- should be done.
 create type pgqueue.claim as (
   subscription_id int,
   lane smallint,
@@ -11,6 +12,7 @@ create type pgqueue.claim as (
   delivery_tids tid[],
   retry_tids tid[],
   key_hashes int[],
+  first_ids bigint[],
   alone boolean,
   tending_is_due boolean
 );
@@ -162,7 +164,7 @@ begin
     perform pgqueue.delay_claimed(v_tids, v_now);
   end loop;
   return row(
-    (s).subscription_id, 0, v_ids, v_attempts, v_tids, v_retry_tids, null, null,
+    (s).subscription_id, 0, v_ids, v_attempts, v_tids, v_retry_tids, null, null, null,
     pgqueue.tending_is_due(v_low, v_tended_at, v_last_delivered_at, v_ids[1])
   )::pgqueue.claim;
 end $$;

@@ -124,6 +124,7 @@ declare
   v_held int[];
   v_locked int[];
   v_lows bigint[];
+  v_receipts bigint[];
   v_waits boolean := exists (
     select from pgqueue.deliveries d where d.ctid = any (c.delivery_tids) and d.not_before > at
   );
@@ -154,9 +155,10 @@ begin
   if v_held = '{}' then
     return c;
   end if;
-  select array_agg(h.key_hash), array_agg(h.low) into v_locked, v_lows
+  select array_agg(h.key_hash), array_agg(h.low), array_agg(h.receipt)
+  into v_locked, v_lows, v_receipts
   from unnest(v_held) k cross join lateral (
-    select h.key_hash, h.low from pgqueue.held_keys h
+    select h.key_hash, h.low, h.receipt from pgqueue.held_keys h
     where h.key_hash = k and h.subscription_id = (l).subscription_id
     for share skip locked
   ) h;
@@ -167,16 +169,19 @@ begin
     join unnest(v_ids, v_hashes) as k (id, key_hash) on k.id = i.id
   ), moved as (
     delete from pgqueue.deliveries d
-    using keyed k join unnest(v_locked, v_lows) as h (key_hash, low) on h.key_hash = k.key_hash
+    using keyed k
+    join unnest(v_locked, v_lows, v_receipts) as h (key_hash, low, receipt)
+      on h.key_hash = k.key_hash
     where d.ctid = k.tid
-    returning d.*, k.key_hash, h.low
+    returning d.*, k.key_hash, h.low, h.receipt
   ), queued as (
     insert into pgqueue.retries (
       subscription_id, due_at, message_id, attempts, alone, expires_at, key_hash
     )
     select
       d.subscription_id,
-      -- the first of an empty queue must be found when it is due
+      -- the first of an empty queue must be found when it is due; but behind those in
+      -- flight, whose end lets it come, each look for what is due would find it
       case when d.not_before > at then least(d.not_before, d.expires_at)
         -- offset 0: no hash table of all retries
         when lag(d.message_id) over (partition by d.key_hash order by d.message_id) is null
@@ -185,6 +190,11 @@ begin
             where pgqueue.key_queue(r.subscription_id, r.key_hash)
                 = pgqueue.key_queue(d.subscription_id, d.key_hash)
               and r.message_id + 0 > d.low
+            offset 0
+          )
+          and not exists (
+            select from pgqueue.leases e
+            where e.receipt = d.receipt and e.key_hashes is not null
             offset 0
           ) then at
         else 'infinity' end,

@@ -34,7 +34,8 @@ begin
     v_owner, case when v_owner is not null then pg_backend_pid() end, clock_timestamp() + lease
   );
   if c.key_hashes is not null then
-    update pgqueue.held_keys h set receipt = v_receipt, low = greatest(h.low, c.message_ids[1] - 1)
+    update pgqueue.held_keys h set
+      receipt = v_receipt, low = c.first_ids[array_position(c.key_hashes, h.key_hash)] - 1
     where h.subscription_id = c.subscription_id and h.key_hash = any (c.key_hashes);
   end if;
   return v_receipt;

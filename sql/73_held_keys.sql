@@ -66,6 +66,7 @@ begin
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := v_held.lane;
   v_claim.key_hashes := array[v_held.key_hash];
+  v_claim.first_ids := v_claim.message_ids[:1];
   select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, null)
   into v_claim.tending_is_due from pgqueue.lanes l
   where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
@@ -84,6 +85,7 @@ begin
   c.message_ids := c.message_ids || other.message_ids;
   c.attempts := c.attempts || other.attempts;
   c.key_hashes := c.key_hashes || other.key_hashes;
+  c.first_ids := c.first_ids || other.first_ids;
   if other.tending_is_due then
     c.lane := other.lane;
     c.tending_is_due := true;
@@ -104,8 +106,8 @@ begin
   return c;
 end $$;
 
--- From the held keys that have been due the longest: one of them may have failed
--- after one message of each batch.
+-- From the held keys that have been due the longest, but not those in flight: a row
+-- that is locked in passing is kept from whoever ends, or takes back, their lease.
 create function pgqueue.claim_held(s pgqueue.subscriptions, max_messages int)
 returns pgqueue.claim
 language plpgsql
@@ -119,15 +121,22 @@ declare
   v_due record;
 begin
   for v_due in
-    select r.key_hash from pgqueue.retries r
+    select r.key_hash, r.alone from pgqueue.retries r
     where pgqueue.due_queue(r.subscription_id, r.key_hash) = -s.subscription_id
       and r.due_at > v_due_low and r.due_at <= v_now
+      and not exists (
+        select from pgqueue.held_keys h
+        where h.subscription_id = s.subscription_id and h.key_hash = r.key_hash
+          and exists (select from pgqueue.leases e where e.receipt = h.receipt offset 0)
+        offset 0
+      )
     order by r.due_at
   loop
+    exit when v_due.alone and v_claim.message_ids is not null;
     continue when v_due.key_hash = any (v_claim.key_hashes);
     v_next := pgqueue.claim_held_key(s, v_due.key_hash, v_room);
     continue when v_next.message_ids is null;
-    -- locked, but not taken: it is the first of the next claim
+    -- the first of the queue may be another than the one that was found due
     exit when v_next.alone and v_claim.message_ids is not null;
     v_claim := pgqueue.joined(v_claim, v_next);
     v_room := max_messages - cardinality(v_claim.message_ids);
@@ -208,21 +217,28 @@ begin
   if v_key is null then
     return pgqueue.claim_named(s.subscription_id, ids);
   end if;
+  perform from pgqueue.retries r
+  where r.subscription_id = s.subscription_id and r.message_id = ids[1]
+    and r.key_hash is not distinct from pgqueue.key_hash(v_key);
+  if not found then
+    return pgqueue.claim_ordered(
+      s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
+    );
+  end if;
   for v_held in
-    select r.key_hash, count(*)::int as messages from pgqueue.retries r
-    where r.subscription_id = s.subscription_id and r.message_id = any (ids)
+    select r.key_hash, count(*)::int as messages
+    from unnest(ids) i cross join lateral (
+      select r.key_hash from pgqueue.retries r
+      where r.subscription_id = s.subscription_id and r.message_id = i
+      offset 0
+    ) r
     group by r.key_hash
   loop
     v_claim := pgqueue.joined(
       v_claim, pgqueue.claim_held_key(s, v_held.key_hash, v_held.messages)
     );
   end loop;
-  if found then
-    return pgqueue.in_order(v_claim);
-  end if;
-  return pgqueue.claim_ordered(
-    s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
-  );
+  return pgqueue.in_order(v_claim);
 end $$;
 
 -- Keys that are held without need: their last lease ended without release_key

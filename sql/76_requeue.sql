@@ -168,6 +168,7 @@ begin
       v_subscription, v_lease, clock_timestamp(),
       cardinality(v_lease.message_ids) = 1 and v_lease.attempts[1] > 0, false
     );
+    perform pgqueue.release_keys(v_lease);
   end if;
   perform pgqueue.wake(v_lease.subscription_id);
   return cardinality(v_lease.message_ids);
@@ -201,9 +202,7 @@ begin
     -- Only by whoever may take the messages then: if one had the lane and
     -- another one its lease, neither would get them. Both or none.
     begin
-      if not pgqueue.lock_queues(v_lease.subscription_id, v_lease.lane, v_lease.key_hashes) then
-        raise no_data_found;
-      end if;
+      continue when not pgqueue.lock_queues(v_lease.subscription_id, v_lease.lane, v_lease.key_hashes);
       select e.* into v_lease from pgqueue.leases e
       where e.receipt = v_lease.receipt
         -- it may have been extended meanwhile

@@ -16,11 +16,14 @@ from tests.helpers import (
     receive,
     subscribe,
 )
+from tests.plans import Plans, faults
 from tests.servers import Database
 
 pytestmark = pytest.mark.one_backend
 KEYS = "abcdef"
-LOCK = "select from pgqueue.held_keys where key_hash = pgqueue.key_hash(%s) for update"
+HASH = "pgqueue.key_hash(%s)"
+LOW = f"select low from pgqueue.held_keys where key_hash = {HASH}"
+LOCK = f"select from pgqueue.held_keys where key_hash = {HASH} for update"
 
 
 def hold_all(database: Database, lanes: int = 4) -> Connection:
@@ -35,8 +38,12 @@ def hold_all(database: Database, lanes: int = 4) -> Connection:
                 requeue(connection, messages, "1 hour")
     assert receive(connection, "s", 100) == []
     assert status(connection) == {"retrying": 24}
+    # the last first; below its floor, past the trigger
     connection.execute(
-        "update pgqueue.retries set due_at = clock_timestamp() where due_at < 'infinity'"
+        "set session_replication_role = replica;"
+        "update pgqueue.retries set due_at = now() - message_id * interval '1 ms'"
+        " where due_at < 'infinity';"
+        "reset session_replication_role"
     )
     return connection
 
@@ -45,10 +52,14 @@ def test_one_batch_brings_what_is_due_of_every_held_key_in_publish_order(
     database: Database,
 ) -> None:
     connection = hold_all(database)
+    connection.execute(
+        f"update pgqueue.retries set attempts = 4 where key_hash = {HASH} and due_at < 'infinity'",
+        ["c"],
+    )
     failed = receive(connection, "s", 100)
     assert payloads(failed) == [1, 2, 3, 4, 5, 6]
     assert len({message.receipt for message in failed}) == 1
-    assert {message.deliveries for message in failed} == {2}
+    assert [message.deliveries for message in failed] == [2, 2, 5, 2, 2, 2]
     # no key's next comes before the batch is settled
     assert receive(connection, "s", 100) == []
     ack(connection, failed)
@@ -123,18 +134,81 @@ def test_messages_that_are_due_in_one_queue_come_once(database: Database) -> Non
     assert len(batch) == 18
 
 
-def test_a_lost_batch_comes_back_once_nobody_has_any_of_its_keys(database: Database) -> None:
+def test_of_a_lost_batch_all_come_back_but_what_another_transaction_keeps(
+    database: Database,
+) -> None:
     connection, other = hold_all(database), database.connect()
     assert len(receive(connection, "s", 100, NO_TIME)) == 6
     other.execute(LOCK, ["c"])
-    with connection.transaction():
-        assert receive(connection, "s", 100) == []
-        # nor does it keep the others
-        with database.connect() as third:
-            third.execute(LOCK + " nowait", ["a"])
+    batches = receive_batches(connection, at_a_time=100)
+    assert [batch for batch in batches if len(batch) == 1] == [[1], [2], [4], [5], [6]]
     other.rollback()
-    assert sum(map(len, receive_batches(connection, at_a_time=100))) == 24
+    batches += receive_batches(connection, at_a_time=100)
+    assert sum(map(len, batches)) == 24
     assert status(connection) == {}
+
+
+def test_the_other_keys_are_free_when_the_last_message_of_a_batch_is_released(
+    database: Database,
+) -> None:
+    connection = hold_all(database)
+    messages = receive(connection, "s", 100)
+    ack(connection, messages[:5])
+    release(connection, messages[5:])
+    due = "select count(distinct key_hash) from pgqueue.retries where due_at < 'infinity'"
+    assert one(connection, due) == 6
+
+
+def test_what_comes_behind_a_batch_in_flight_is_not_looked_at_until_it_ends(
+    database: Database,
+) -> None:
+    connection = hold_all(database)
+    ack(connection, receive(connection, "s", 100))
+    in_flight = receive(connection, "s", 100)
+    assert len(in_flight) == 18
+    for place, key in enumerate(KEYS, 41):
+        put(connection, place, key)
+    while one(connection, "select count(*) from pgqueue.deliveries") > 0:
+        assert receive(connection, "s", 100) == []
+    due = "select count(*) from pgqueue.retries where due_at < 'infinity'"
+    assert one(connection, due) == 0
+    ack(connection, in_flight)
+    assert one(connection, due) == 6
+    assert receive_batches(connection, at_a_time=100) == [list(range(41, 47))]
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_key_that_is_not_taken_is_not_kept_from_others(
+    database: Database, by_itself: bool
+) -> None:
+    """By a handler's transaction, that is: in flight elsewhere, or to come by itself."""
+    connection, handler = hold_all(database, lanes=1), database.connect()
+    in_flight = receive(connection, "s", 3)
+    assert payloads(in_flight) == [4, 5, 6]
+    requeue(connection, in_flight[:2], "0 s")
+    if by_itself:
+        connection.execute(
+            f"update pgqueue.retries set alone = true where key_hash = {HASH}", ["a"]
+        )
+    others = receive(handler, "s", 100)
+    assert payloads(others) == ([2, 3] if by_itself else [1, 2, 3])
+    ack(connection, in_flight[2:])
+    if by_itself:
+        assert payloads(receive(connection, "s", 100)) == [1]
+    assert {message.key for message in receive(connection, "s", 100)} == set("def")
+
+
+def test_an_old_message_that_fails_on_and_on_keeps_no_mark_of_other_keys(
+    database: Database,
+) -> None:
+    connection = hold_all(database)
+    ack(connection, receive(connection, "s", 100))
+    messages = receive(connection, "s", 100)
+    requeue(connection, messages, "0 s")
+    for message in messages[:6]:
+        # the key's first, from where on its queue is read
+        low = one(connection, LOW, message.key)
+        assert low == message.message_id - 1
 
 
 @pytest.mark.parametrize("taken", [slice(6), slice(2), slice(1, 5, 2)])
@@ -160,3 +234,28 @@ def mark_delivered(connection: Connection, messages: list[Message]) -> int:
     ids = [message.message_id for message in messages]
     receipt: int = one(connection, "select pgqueue.mark_delivered('s', %s)", ids)
     return receipt
+
+
+def test_what_is_taken_of_held_keys_is_looked_up_among_many(database: Database) -> None:
+    with database.connect(autocommit=True) as first:
+        first.execute("analyze")
+    connection = hold_all(database)
+    plans = Plans(connection)
+
+    def take(connection: Connection) -> None:
+        for _ in range(7):
+            with connection.transaction():
+                receipt = mark_delivered(connection, fetch_pending(connection, "s", 100))
+            connection.execute("select pgqueue.requeue(%s, delay => '0 s')", [receipt])
+            (message, *_) = receive(connection, "s", 100)
+            connection.execute("select pgqueue.release(%s)", [message.receipt])
+
+    take(connection)
+    connection.execute(
+        "insert into pgqueue.retries (subscription_id, due_at, message_id, attempts, alone)"
+        " select subscription_id, now() + '1 hour', 1000 + i, 1, false"
+        " from pgqueue.subscriptions, generate_series(1, 20000) i"
+    )
+    assert faults(plans.of(take)) == set()
+    connection.execute("analyze")
+    assert faults(plans.of(take)) == set()
