@@ -114,8 +114,12 @@ class AsyncSQLSource:
             self._lingers = max(0, self._lingers - 1)
             return []
         self._waits = False
+        # one by itself in between does not end a flow of many, which others linger for, too
+        flows = self._lingers > 0 and self._linger_seconds == LINGER_SECONDS_MANY
         self._lingers, self._linger_seconds = (
-            (LINGERS, LINGER_SECONDS) if len(rows) == 1 else (LINGERS_MANY, LINGER_SECONDS_MANY)
+            (LINGERS_MANY, LINGER_SECONDS_MANY)
+            if flows or len(rows) > 1
+            else (LINGERS, LINGER_SECONDS)
         )
         messages = [AsyncMessage(*row[:-1], self, self._session.number) for row in rows]  # type: ignore[call-arg]
         if self._listen:

@@ -23,6 +23,8 @@ ASYNCIO = "raw hop, asyncio"
 LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
+# Until what all publishers' first calls brought at the same moment was handled.
+WARM_SECONDS = 0.5
 
 PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
 PUT = "select put('t', to_jsonb(%s::int)), pg_notify('bare', '')"
@@ -145,6 +147,7 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
         with database.connect() as connection:
             connection.execute(query.encode(), [-1], prepare=True)
             warm.wait()
+            time.sleep(WARM_SECONDS)
             start = time.monotonic()
             for number in range(first, int(rate * seconds), CONNECTIONS):
                 time.sleep(max(0.0, start + number / rate - time.monotonic()))
