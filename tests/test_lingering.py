@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import psycopg
 import pytest
 
-from pgqueue_sql import Message
 from tests.calls import await_seconds, put
-from tests.consuming import LONG_POLL, consumer_sleeps, consuming, open_queue, wait_until
-from tests.helpers import PATIENCE_SECONDS, Connection, one, payloads, publish, receive, subscribe
+from tests.consuming import wait_until
+from tests.helpers import Connection, one, payloads, publish, receive, subscribe
 from tests.servers import Database
 from tests.test_seats import heard, seated
 
@@ -290,46 +288,3 @@ def test_receive_or_await_does_the_one_or_the_other(
         f"{call}('s', ack_receipt => %s, poll => '1 min')", [last[1]]
     ).fetchall() == [(None, None, 60)]
     assert one(connection, "select count(*) from pgqueue.leases") == 0
-
-
-def test_consumer_beside_a_publisher_in_flight_polls_ever_less(
-    database: Database, connection: Connection
-) -> None:
-    publish(database.connect())
-    awakenings = "select last_value from pgqueue.awakenings"
-    with consuming(open_queue(database).subscription("s"), lambda message: None, poll=LONG_POLL):
-        wait_until(lambda: consumer_sleeps(connection), "the consumer to wait")
-        before = one(connection, awakenings)
-        time.sleep(1)
-        assert one(connection, awakenings) - before < 10
-
-
-def test_consumer_does_not_linger_while_its_handlers_run(
-    database: Database, connection: Connection
-) -> None:
-    seated(database, 1)
-    working, finish = threading.Event(), threading.Event()
-
-    def handle(message: Message[int]) -> None:
-        working.set()
-        assert finish.wait(PATIENCE_SECONDS)
-
-    held = "select count(*) from pg_locks where classid = pgqueue.lingering_locks()::oid"
-    subscription = open_queue(database).subscription("s")
-    with consuming(subscription, handle, concurrency=2, poll=LONG_POLL):
-        publish(connection)
-        assert working.wait(PATIENCE_SECONDS)
-        for _ in range(100):
-            assert one(connection, held) == 0
-        finish.set()
-
-
-def test_consumer_that_does_not_listen_stops_at_once(
-    database: Database, connection: Connection
-) -> None:
-    began = time.monotonic()
-    with consuming(
-        open_queue(database).subscription("s"), lambda message: None, listen=False, poll=60
-    ):
-        time.sleep(0.5)
-    assert time.monotonic() - began < 30
