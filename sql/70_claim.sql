@@ -24,12 +24,15 @@ language sql immutable parallel safe
 return least(attempts + 1, 32767);
 
 -- Whether tend() is worth its while: about once a second, or when fetches have
--- come to start thousands of dead entries above low.
+-- come to start thousands of dead entries above low. A session that does it for the
+-- first time plans it, for 10 ms, which its message waits: it leaves it to others.
 create function pgqueue.tending_is_due(
   low bigint, tended_at timestamptz, last_delivered_at timestamptz, first_id bigint
 ) returns boolean
 language sql volatile
-return least(tended_at, last_delivered_at) < clock_timestamp() - interval '1 s'
+return least(tended_at, last_delivered_at) < clock_timestamp() - case
+    when current_setting('pgqueue.tended', true) is null then interval '3 s'
+    else interval '1 s' end
   or tended_at > clock_timestamp() + interval '1 s'  -- the clock was set back
   or (first_id > low + 4096 and tended_at < clock_timestamp() - interval '50 ms');
 

@@ -62,11 +62,11 @@ begin
     tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
+  perform pgqueue.reclaim(subscription_id, 100);
   if lane > 0 then
     perform pgqueue.tend_retries(subscription_id, interval '1 s');
+    perform pgqueue.release_idle_keys(subscription_id, lane);
   end if;
-  perform pgqueue.reclaim(subscription_id, 100);
-  perform pgqueue.release_idle_keys(subscription_id, lane);
 
   v_new_run := v_low >> 16 > v_lane.low >> 16;
   if (v_new_run or v_first_id is null)
@@ -134,6 +134,7 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 begin
+  perform set_config('pgqueue.tended', '', false);
   perform pgqueue.tend(new.subscription_id, new.lane, true);
   delete from pgqueue.tending t
   where t.subscription_id = new.subscription_id and t.lane = new.lane;

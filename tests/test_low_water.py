@@ -87,6 +87,28 @@ def test_marks_pass_what_is_done(database: Database) -> None:
     assert one(connection, "select due_low from pgqueue.lanes where lane = 0") > due_at
 
 
+def test_a_session_that_would_have_to_plan_it_leaves_housekeeping_to_others(
+    database: Database,
+) -> None:
+    connection, consumer = database.connect(autocommit=True), database.connect(autocommit=True)
+    subscribe(connection, "s")
+
+    def tends(after: str) -> bool:
+        connection.execute(
+            "update pgqueue.lanes set tended_at = clock_timestamp() - %(after)s::interval,"
+            " last_delivered_at = clock_timestamp() - %(after)s::interval",
+            {"after": after},
+        )
+        before = one(connection, "select tended_at from pgqueue.lanes")
+        publish(connection)
+        assert len(receive(consumer, "s")) == 1
+        return bool(one(connection, "select tended_at from pgqueue.lanes") != before)
+
+    assert not tends("1.1 s")
+    assert tends("3.1 s")
+    assert tends("1.1 s")
+
+
 def test_a_retry_may_not_be_due_in_the_past(database: Database) -> None:
     """Somebody may just have passed that time, and nothing else says that one comes."""
     connection = database.connect(autocommit=True)

@@ -16,24 +16,11 @@ from .report import Report
 from .scale import Scale
 from .servers import Database, Lab
 
-WITHOUT = "create or replace function pgqueue.{} returns {} language sql {} return {};"
-
-# Helpers that the planner inlines, of the order, of the wake-up and of order by key: a constant in
-# their place costs nothing. (One of them alone is worth less than the machine's noise.)
-PUBLISH_WITHOUT_RULES = (
-    WITHOUT.format("lock_floor(floor bigint)", "boolean", "volatile", "true")
-    + WITHOUT.format("wake(subscription_id int)", "boolean", "volatile", "true")
-    + WITHOUT.format(
-        "lane_of(ordering text, lanes smallint, key text)", "smallint", "immutable", "0::smallint"
-    )
-)
-
-
 # The statements of a receive that acks the one before, on the tables that it goes by, with the
-# settings that pin its plans: for one message, of a subscription without order, that has not
-# expired and is not delayed; without waiting, floors, owners and housekeeping.
+# settings that pin its plans: of a subscription without order, for messages that have not expired
+# and are not delayed; without waiting, floors, owners and housekeeping.
 RECEIVE_WITHOUT_RULES = """
-create function pgqueue.receive_one(subscription text, last_receipt bigint)
+create function pgqueue.receive_without(subscription text, last_receipt bigint)
 returns setof pgqueue.received_message
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -47,11 +34,13 @@ declare
   v_subscription_id int;
   v_low bigint;
   v_is_due boolean;
-  v_taken record;
+  v_tids tid[];
+  v_ids bigint[];
+  v_attempts smallint[];
   v_receipt bigint;
 begin
   select s.subscription_id into v_subscription_id from pgqueue.subscriptions s
-  where s.subscription = receive_one.subscription;
+  where s.subscription = receive_without.subscription;
   delete from pgqueue.leases e where e.receipt = last_receipt;
   select l.low into v_low from pgqueue.lanes l
   where l.subscription_id = v_subscription_id and l.lane = 0;
@@ -59,40 +48,59 @@ begin
   where pgqueue.due_queue(r.subscription_id, r.key_hash) = v_subscription_id
     and r.due_at <= clock_timestamp()
   limit 1;
-  select d.ctid as tid, d.message_id, d.attempts into v_taken from pgqueue.deliveries d
-  where d.subscription_id = v_subscription_id and d.lane = 0 and d.message_id > v_low
-  order by d.message_id limit 1 for update skip locked;
-  if found then
+  {claim}
+  if v_ids is not null then
     with taken as (
-      delete from pgqueue.deliveries d where d.ctid = v_taken.tid
+      delete from pgqueue.deliveries d where d.ctid = any (v_tids)
     )
     insert into pgqueue.leases (
       subscription_id, lane, first_id, message_ids, attempts, deadline
     ) values (
-      v_subscription_id, 0, v_taken.message_id, array[v_taken.message_id],
-      array[v_taken.attempts + 1], clock_timestamp() + interval '30 s'
+      v_subscription_id, 0, v_ids[1], v_ids, v_attempts, clock_timestamp() + interval '30 s'
     ) returning receipt into v_receipt;
     return query
     select m.*, v_receipt from pgqueue.messages_of_run(
-      ((v_taken.message_id >> 16) & 3)::int, v_taken.message_id, v_taken.message_id, 1
+      ((v_ids[1] >> 16) & 3)::int, v_ids[1], v_ids[cardinality(v_ids)], 1
     ) m;
   end if;
 end $$;
 """
-RECEIVE_ONE = """
-select max(receipt) as receipt, string_agg(payload::text, '') as payloads
-from pgqueue.receive_one('s', nullif(:receipt::bigint, 0)) \\gset
+WAITING = """
+from pgqueue.deliveries d
+where d.subscription_id = v_subscription_id and d.lane = 0 and d.message_id > v_low
+order by d.message_id limit {batch} for update skip locked
 """
+CLAIM_ONE = f"""
+select array[d.ctid], array[d.message_id], array[d.attempts + 1]
+into v_tids, v_ids, v_attempts
+{WAITING};
+"""
+CLAIM_MANY = f"""
+select array_agg(d.tid), array_agg(d.message_id), array_agg(d.attempts + 1)
+into v_tids, v_ids, v_attempts
+from (select d.ctid as tid, d.message_id, d.attempts {WAITING}) d;
+"""
+RECEIVE = """
+select max(receipt) as receipt, string_agg(payload::text, '') as payloads
+from pgqueue.receive_without('s', nullif(:receipt::bigint, 0)) \\gset
+"""
+
+# The least on plain tables: single messages in a function, as a receive is one.
+PLAIN = {
+    1: (receive.IN_A_FUNCTION, "bare, waiting", receive.TAKE_ACKING),
+    100: ("DELETE, lease", "bare", receive.TAKE_DELETE),
+}
 
 
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """One client, synchronous_commit off: the disk would hide the difference."""
     _publish(lab, report, scale)
-    _receive(lab, report, scale)
+    for batch in PLAIN:
+        _receive(lab, report, scale, batch)
 
 
 def _publish(lab: Lab, report: Report, scale: Scale) -> None:
-    with _databases(lab, PUBLISH_WITHOUT_RULES) as (bare, whole, without):
+    with _databases(lab, publish.WITHOUT_RULES) as (bare, whole, without):
 
         def turn(database: Database, script: str) -> Turn:
             def measure() -> Sample:
@@ -109,23 +117,25 @@ def _publish(lab: Lab, report: Report, scale: Scale) -> None:
         report.contest(hold(title, "µs", turns, scale.rounds))
 
 
-def _receive(lab: Lab, report: Report, scale: Scale) -> None:
-    messages = scale.messages // 10
-    with _databases(lab, RECEIVE_WITHOUT_RULES) as (bare, whole, without):
+def _receive(lab: Lab, report: Report, scale: Scale, batch: int) -> None:
+    calls = scale.messages // max(batch, 10)
+    claim = (CLAIM_ONE if batch == 1 else CLAIM_MANY).format(batch=batch)
+    with _databases(lab, RECEIVE_WITHOUT_RULES.format(claim=claim)) as (bare, whole, without):
 
         def turn(database: Database, kind: str, script: str) -> Turn:
             def measure() -> Sample:
-                receive.fill(database, kind, messages + 1, SMALL)
-                return _microseconds(database, script.format(batch=1), transactions=messages)
+                receive.fill(database, kind, (calls + 1) * batch, SMALL)
+                return _microseconds(database, script.format(batch=batch), transactions=calls)
 
             return measure
 
+        plain, kind, script = PLAIN[batch]
         turns = {
             "with all rules": turn(whole, "pgqueue", receive.RECEIVE_ACKING),
-            "without any": turn(without, "pgqueue", RECEIVE_ONE),
-            receive.IN_A_FUNCTION: turn(bare, "bare, waiting", receive.TAKE_ACKING),
+            "without any": turn(without, "pgqueue", RECEIVE),
+            plain: turn(bare, kind, script),
         }
-        title = "receive+ack by 1, 150 B, 1 client, synchronous_commit off, with fewer rules"
+        title = f"receive+ack by {batch}, 150 B, 1 client, synchronous_commit off, with fewer rules"
         report.contest(hold(title, "µs", turns, scale.rounds))
 
 
