@@ -72,10 +72,14 @@ comment on table pgqueue.subscriptions is 'One row per subscription: its topic a
 -- so index scans start there and not at the dead entries that VACUUM could not
 -- remove yet. So do hold_low for the lane's held keys, receipt_low for the leases of
 -- the whole subscription, and in lane 0 due_low for all its retries. A row is
--- updated about once a second at most, for updates leave dead rows too.
+-- updated about once a second at most, for updates leave dead rows too. Therefore
+-- era, which rises with the time of the update: whoever looks for a row begins with
+-- the newest one (order by era desc limit 1), and meets the dead of one era at most,
+-- and of a longer one updates would not be HOT.
 create table pgqueue.lanes (
   subscription_id int not null,
   lane smallint not null,
+  era bigint not null default 0,
   low bigint not null default 0,
   receipt_low bigint not null default 0,
   hold_low bigint not null default 0,
@@ -84,8 +88,12 @@ create table pgqueue.lanes (
   tended_at timestamptz not null default '-infinity',
   last_delivered_at timestamptz not null default '-infinity',
   last_ack_at timestamptz not null default '-infinity',
-  primary key (subscription_id, lane)
+  primary key (subscription_id, lane, era)
 ) with (fillfactor = 20);
+
+create function pgqueue.era() returns bigint
+language sql volatile
+return floor(extract(epoch from clock_timestamp()) / 16);
 
 -- The payloads: written once, never updated or deleted row by row. What the
 -- columns may contain is checked by who publishes (sql/50_publish.sql): the
@@ -188,7 +196,7 @@ create table pgqueue.retries (
   primary key (subscription_id, message_id)
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000);
 create index retries_due on pgqueue.retries
-  (pgqueue.due_queue(subscription_id, key_hash), due_at, message_id);
+  (pgqueue.due_queue(subscription_id, key_hash), due_at, (message_id + 0));
 create index retries_of_key on pgqueue.retries
   (pgqueue.key_queue(subscription_id, key_hash), (message_id + 0)) where key_hash is not null;
 

@@ -221,11 +221,23 @@ begin
   return (
     select pgqueue.trusted_due_low(l.due_low, l.due_tended_at) from pgqueue.lanes l
     where l.subscription_id = due_low_of.subscription_id and l.lane = 0
+    order by l.era desc limit 1
   );
 end $$;
+
+-- Each lane, past the dead versions of its row.
+create view pgqueue.newest_lanes as
+select s.subscription_id, l.lane, l.low, l.receipt_low, l.hold_low, l.tended_at
+from pgqueue.subscriptions s
+cross join generate_series(0, s.lanes) n
+cross join lateral (
+  select l.* from pgqueue.lanes l
+  where l.subscription_id = s.subscription_id and l.lane = n
+  order by l.era desc limit 1
+) l;
 
 -- Of all lanes of a subscription, for looks at what belongs to the whole of it.
 create view pgqueue.marks as
 select l.subscription_id, max(l.receipt_low) as receipt_low
-from pgqueue.lanes l
+from pgqueue.newest_lanes l
 group by l.subscription_id;

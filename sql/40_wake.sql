@@ -164,7 +164,7 @@ language plpgsql
 as $$
 begin
   if found_by_someone or exists (
-    select from pgqueue.lanes l cross join lateral (
+    select from pgqueue.newest_lanes l cross join lateral (
       select from pgqueue.deliveries d
       where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
       limit 1

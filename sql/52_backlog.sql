@@ -11,12 +11,12 @@ declare
 begin
   -- no more can wait than ids were drawn since low: mostly that is enough to know
   if s.max_backlog - incoming >= pgqueue.last_id() - (
-    select min(l.low) from pgqueue.lanes l where l.subscription_id = s.subscription_id
+    select min(l.low) from pgqueue.newest_lanes l where l.subscription_id = s.subscription_id
   ) then
     return true;
   end if;
   select count(*) + incoming - s.max_backlog into v_excess
-  from pgqueue.lanes l cross join lateral (
+  from pgqueue.newest_lanes l cross join lateral (
     select from pgqueue.deliveries d
     where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
   ) d

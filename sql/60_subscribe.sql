@@ -230,6 +230,7 @@ begin
   elsif lock_queues.lane > 0 then
     perform from pgqueue.lanes l
     where l.subscription_id = lock_queues.subscription_id and l.lane = lock_queues.lane
+    order by l.era desc limit 1
     for update skip locked;
   else
     return true;

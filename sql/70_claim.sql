@@ -12,6 +12,7 @@ create type pgqueue.claim as (
   delivery_tids tid[],
   retry_tids tid[],
   key_hashes int[],
+  hold_tids tid[],
   first_ids bigint[],
   alone boolean,
   tending_is_due boolean
@@ -68,7 +69,7 @@ begin
   select r.alone into alone from pgqueue.retries r
   where pgqueue.due_queue(r.subscription_id, r.key_hash) = claim_due.subscription_id
     and r.due_at > claim_due.due_low and r.due_at <= at
-  order by r.due_at, r.message_id limit 1 for update skip locked;
+  order by r.due_at, r.message_id + 0 limit 1 for update skip locked;
   if not found then
     return;
   end if;
@@ -80,7 +81,7 @@ begin
     select r.ctid, r.message_id, r.attempts, r.expires_at from pgqueue.retries r
     where pgqueue.due_queue(r.subscription_id, r.key_hash) = claim_due.subscription_id
       and r.due_at > claim_due.due_low and r.due_at <= at and r.alone = claim_due.alone
-    order by r.due_at, r.message_id
+    order by r.due_at, r.message_id + 0
     limit case when claim_due.alone then 1 else max_messages end
     for update skip locked
   ) r;
@@ -112,12 +113,13 @@ begin
   select
     l.low, l.tended_at, l.last_delivered_at, pgqueue.trusted_due_low(l.due_low, l.due_tended_at)
   into v_low, v_tended_at, v_last_delivered_at, v_due_low
-  from pgqueue.lanes l where l.subscription_id = (s).subscription_id and l.lane = 0;
+  from pgqueue.lanes l where l.subscription_id = (s).subscription_id and l.lane = 0
+  order by l.era desc limit 1;
   -- after the mark, which only rises; joined to the lane's row it costs more
   select r.alone into v_alone from pgqueue.retries r
   where pgqueue.due_queue(r.subscription_id, r.key_hash) = (s).subscription_id
     and r.due_at > v_due_low and r.due_at <= v_now
-  order by r.due_at, r.message_id limit 1;
+  order by r.due_at, r.message_id + 0 limit 1;
   if v_alone is not null then
     -- before a retry is locked: what is locked and not taken is kept from others
     v_quota := pgqueue.retry_quota(
@@ -167,7 +169,7 @@ begin
     perform pgqueue.delay_claimed(v_tids, v_now);
   end loop;
   return row(
-    (s).subscription_id, 0, v_ids, v_attempts, v_tids, v_retry_tids, null, null, null,
+    (s).subscription_id, 0, v_ids, v_attempts, v_tids, v_retry_tids, null, null, null, null,
     pgqueue.tending_is_due(v_low, v_tended_at, v_last_delivered_at, v_ids[1])
   )::pgqueue.claim;
 end $$;
@@ -254,7 +256,8 @@ begin
   v_claim.lane := 0;
   select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, v_claim.message_ids[1])
   into v_claim.tending_is_due
-  from pgqueue.lanes l where l.subscription_id = claim_named.subscription_id and l.lane = 0;
+  from pgqueue.lanes l where l.subscription_id = claim_named.subscription_id and l.lane = 0
+  order by l.era desc limit 1;
   return v_claim;
 end $$;
 

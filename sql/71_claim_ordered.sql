@@ -4,13 +4,17 @@ create function pgqueue.key_hash(key text) returns int
 language sql immutable parallel safe
 return hashtext(key);
 
+create function pgqueue.lane_of_hash(lanes smallint, key_hash int) returns smallint
+language sql immutable parallel safe
+return 1 + (key_hash & 2147483647) % lanes;
+
 -- The lane for a key, or lane 0 without one.
 create function pgqueue.lane_of(ordering text, lanes smallint, key text) returns smallint
 language sql immutable parallel safe
 return case
   when ordering = 'none' or (ordering = 'key' and key is null) then 0
   when ordering = 'total' then 1
-  else 1 + (pgqueue.key_hash(key) & 2147483647) % lanes
+  else pgqueue.lane_of_hash(lanes, pgqueue.key_hash(key))
 end;
 
 -- From an ordered lane: its first deliveries, if no one else has the lane.
@@ -37,6 +41,7 @@ declare
 begin
   select l.* into v_lane from pgqueue.lanes l
   where l.subscription_id = (s).subscription_id and l.lane = claim_ordered.lane
+  order by l.era desc limit 1
   for update skip locked;
   if not found then
     return v_claim;
@@ -159,7 +164,9 @@ begin
   into v_locked, v_lows, v_receipts
   from unnest(v_held) k cross join lateral (
     select h.key_hash, h.low, h.receipt from pgqueue.held_keys h
-    where h.key_hash = k and h.subscription_id = (l).subscription_id
+    where pgqueue.key_queue(h.subscription_id, h.key_hash)
+        = pgqueue.key_queue((l).subscription_id, k)
+      and h.hold + 0 > (l).hold_low
     for share skip locked
   ) h;
 
@@ -236,7 +243,7 @@ as $$
 declare
   v_claim pgqueue.claim;
   v_start int := floor(random() * s.lanes);
-  -- A cursor: it looks at no more lanes than are asked for. offset 0: each look by
+  -- A cursor: it looks at no more lanes than are asked for. offset 0: a look by
   -- itself, for a join would read all leases, dead ones too, for every lane.
   v_lanes cursor for
     select l.lane
@@ -244,7 +251,7 @@ declare
     cross join lateral (
       select l.* from pgqueue.lanes l
       where l.subscription_id = s.subscription_id and l.lane = 1 + turn % s.lanes
-      offset 0
+      order by l.era desc limit 1
     ) l
     cross join lateral (
       select from pgqueue.deliveries d

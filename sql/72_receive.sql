@@ -36,7 +36,7 @@ begin
   if c.key_hashes is not null then
     update pgqueue.held_keys h set
       receipt = v_receipt, low = c.first_ids[array_position(c.key_hashes, h.key_hash)] - 1
-    where h.subscription_id = c.subscription_id and h.key_hash = any (c.key_hashes);
+    where h.ctid = any (c.hold_tids);
   end if;
   return v_receipt;
 end $$;

@@ -2,7 +2,8 @@
 
 -- From the queue of a held key: its first message, once it is due and what came
 -- before it is settled. What was never tried comes in batches. The key's row is
--- the lock of its queue, for whoever takes from it or changes it.
+-- the lock of its queue, for whoever takes from it or changes it. Its newest hold comes
+-- first: a key that is held time and again leaves dead ones.
 create function pgqueue.claim_held_key(s pgqueue.subscriptions, key_hash int, max_messages int)
 returns pgqueue.claim
 language plpgsql
@@ -11,13 +12,14 @@ as $$
 declare
   v_claim pgqueue.claim;
   v_now timestamptz := clock_timestamp();
-  v_held pgqueue.held_keys;
+  v_held record;
   v_queue bigint := pgqueue.key_queue((s).subscription_id, key_hash);
   v_keep int;
   v_expired boolean;
 begin
-  select h.* into v_held from pgqueue.held_keys h
-  where h.subscription_id = (s).subscription_id and h.key_hash = claim_held_key.key_hash
+  select h.*, h.ctid as tid into v_held from pgqueue.held_keys h
+  where pgqueue.key_queue(h.subscription_id, h.key_hash) = v_queue
+  order by h.hold + 0 desc limit 1
   for update skip locked;
   if not found then
     return v_claim;
@@ -66,10 +68,12 @@ begin
   v_claim.subscription_id := (s).subscription_id;
   v_claim.lane := v_held.lane;
   v_claim.key_hashes := array[v_held.key_hash];
+  v_claim.hold_tids := array[v_held.tid];
   v_claim.first_ids := v_claim.message_ids[:1];
   select pgqueue.tending_is_due(l.low, l.tended_at, l.last_delivered_at, null)
   into v_claim.tending_is_due from pgqueue.lanes l
-  where l.subscription_id = (s).subscription_id and l.lane = v_held.lane;
+  where l.subscription_id = (s).subscription_id and l.lane = v_held.lane
+  order by l.era desc limit 1;
   return v_claim;
 end $$;
 
@@ -85,6 +89,7 @@ begin
   c.message_ids := c.message_ids || other.message_ids;
   c.attempts := c.attempts || other.attempts;
   c.key_hashes := c.key_hashes || other.key_hashes;
+  c.hold_tids := c.hold_tids || other.hold_tids;
   c.first_ids := c.first_ids || other.first_ids;
   if other.tending_is_due then
     c.lane := other.lane;
@@ -125,9 +130,13 @@ begin
     where pgqueue.due_queue(r.subscription_id, r.key_hash) = -s.subscription_id
       and r.due_at > v_due_low and r.due_at <= v_now
       and not exists (
-        select from pgqueue.held_keys h
-        where h.subscription_id = s.subscription_id and h.key_hash = r.key_hash
-          and exists (select from pgqueue.leases e where e.receipt = h.receipt offset 0)
+        select from (
+          select h.receipt from pgqueue.held_keys h
+          where pgqueue.key_queue(h.subscription_id, h.key_hash)
+            = pgqueue.key_queue(s.subscription_id, r.key_hash)
+          order by h.hold + 0 desc limit 1
+        ) h
+        where exists (select from pgqueue.leases e where e.receipt = h.receipt offset 0)
         offset 0
       )
     order by r.due_at
@@ -166,14 +175,16 @@ as $$
 #variable_conflict use_column
 declare
   v_first pgqueue.retries;
-  v_held pgqueue.held_keys;
+  v_queue bigint := pgqueue.key_queue(subscription_id, key_hash);
+  v_held record;
   v_max_attempts int;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;  -- an old snapshot may not see all of the queue
   end if;
-  select h.* into v_held from pgqueue.held_keys h
-  where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash
+  select h.*, h.ctid as tid into v_held from pgqueue.held_keys h
+  where pgqueue.key_queue(h.subscription_id, h.key_hash) = v_queue
+  order by h.hold + 0 desc limit 1
   for update skip locked;
   if not found then
     return;
@@ -183,13 +194,11 @@ begin
     return;  -- a part of it is still in flight
   end if;
   select r.* into v_first from pgqueue.retries r
-  where pgqueue.key_queue(r.subscription_id, r.key_hash)
-    = pgqueue.key_queue(release_key.subscription_id, release_key.key_hash)
+  where pgqueue.key_queue(r.subscription_id, r.key_hash) = v_queue
     and r.message_id + 0 > v_held.low
   order by r.message_id + 0 limit 1;
   if not found then
-    delete from pgqueue.held_keys h
-    where h.subscription_id = release_key.subscription_id and h.key_hash = release_key.key_hash;
+    delete from pgqueue.held_keys h where h.ctid = v_held.tid;
   elsif v_first.due_at = 'infinity' then
     -- if its attempts are used up it blocks, until it expires
     select s.max_attempts into v_max_attempts from pgqueue.subscriptions s
@@ -246,7 +255,7 @@ end $$;
 -- first message waits, or blocks.
 create view pgqueue.idle_keys as
 select l.subscription_id, h.key_hash, l.lane
-from pgqueue.lanes l
+from pgqueue.newest_lanes l
 join pgqueue.subscriptions s on s.subscription_id = l.subscription_id
 cross join lateral (
   select h.* from pgqueue.held_keys h

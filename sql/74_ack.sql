@@ -170,20 +170,25 @@ language plpgsql
 as $$
 #variable_conflict use_column
 declare
-  v_lane smallint;
+  v_lane tid;
   v_last_ack_at timestamptz;
 begin
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     return;
   end if;
-  select l.lane, l.last_ack_at into v_lane, v_last_ack_at from pgqueue.lanes l
-  where l.subscription_id = stamp_ack.subscription_id order by l.lane limit 1;
+  select l.ctid, l.last_ack_at into v_lane, v_last_ack_at
+  from pgqueue.subscriptions s cross join lateral (
+    select l.ctid, l.last_ack_at from pgqueue.lanes l
+    where l.subscription_id = s.subscription_id
+      and l.lane = case s.ordering when 'total' then 1 else 0 end
+    order by l.era desc limit 1
+  ) l
+  where s.subscription_id = stamp_ack.subscription_id;
   if v_last_ack_at < clock_timestamp() - interval '1 s' then
-    update pgqueue.lanes l set last_ack_at = clock_timestamp()
+    update pgqueue.lanes l set last_ack_at = clock_timestamp(), era = greatest(l.era, pgqueue.era())
     where l.ctid = any (array(
       select l.ctid from pgqueue.lanes l
-      where l.subscription_id = stamp_ack.subscription_id and l.lane = v_lane
-        and l.last_ack_at < clock_timestamp() - interval '1 s'
+      where l.ctid = v_lane and l.last_ack_at < clock_timestamp() - interval '1 s'
       for update skip locked
     ));
   end if;

@@ -85,7 +85,13 @@ begin
         -- behind one that failed before, but with a smaller id: ahead of it in the queue
         when exists (
           select from pgqueue.held_keys h
-          where h.subscription_id = (l).subscription_id and h.key_hash = pgqueue.key_hash(m.key)
+          where pgqueue.key_queue(h.subscription_id, h.key_hash)
+              = pgqueue.key_queue((l).subscription_id, pgqueue.key_hash(m.key))
+            and h.hold + 0 > (
+              select n.hold_low from pgqueue.lanes n
+              where n.subscription_id = (l).subscription_id and n.lane = (l).lane
+              order by n.era desc limit 1
+            )
           offset 0
         ) then 'held'
         else 'lane' end as place

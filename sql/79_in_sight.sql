@@ -27,7 +27,7 @@ language plpgsql
 as $$
 begin
   return exists (
-    select from pgqueue.lanes l cross join lateral (
+    select from pgqueue.newest_lanes l cross join lateral (
       select from pgqueue.held_keys h
       where h.subscription_id + 0 = l.subscription_id and h.lane = l.lane and h.hold > l.hold_low
       limit 1
@@ -68,7 +68,7 @@ begin
     case when e.owner is not null then pgqueue.seems_dead(e.owner, e.owner_pid) end
   ) is not true
   and not exists (
-    select from pgqueue.lanes l
+    select from pgqueue.newest_lanes l
     where l.subscription_id = (s).subscription_id and (
       l.low < v_last_id and l.tended_at < v_now - interval '10 s'
       or exists (
@@ -112,7 +112,7 @@ begin
       and e.deadline <= v_now
   )
   into at, blocked
-  from pgqueue.lanes l cross join lateral (
+  from pgqueue.newest_lanes l cross join lateral (
     -- once expired it is out of the way
     select case when d.not_before is not null then least(d.not_before, d.expires_at) end as not_before, exists (
       select from pgqueue.leases e

@@ -124,7 +124,7 @@ begin
   end if;
   v_next := pgqueue.next_delivery(v_subscription);
   perform pgqueue.tend(l.subscription_id, l.lane, false)
-  from pgqueue.lanes l
+  from pgqueue.newest_lanes l
   where l.subscription_id = v_subscription.subscription_id
     and l.low < pgqueue.last_id() and l.tended_at < clock_timestamp() - interval '10 s';
   if v_next.at < 'infinity' then

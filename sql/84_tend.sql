@@ -26,6 +26,7 @@ declare
 begin
   select l.* into v_lane from pgqueue.lanes l
   where l.subscription_id = tend.subscription_id and l.lane = tend.lane
+  order by l.era desc limit 1
   for update skip locked;
   if not found then
     return;
@@ -53,6 +54,7 @@ begin
   where e.subscription_id = tend.subscription_id and e.receipt + 0 > v_lane.receipt_low;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
+    era = greatest(l.era, pgqueue.era()),
     low = v_low,
     receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
     hold_low = greatest(l.hold_low, least(v_settled_receipts, v_first_hold - 1)),
@@ -61,7 +63,7 @@ begin
     -- in vain: something old is in the way, which will not go within milliseconds
     tended_at = clock_timestamp() + case when v_low > v_lane.low then interval '0 s' else interval '1 s' end,
     last_delivered_at = case when delivered then clock_timestamp() else l.last_delivered_at end
-  where l.subscription_id = tend.subscription_id and l.lane = tend.lane;
+  where l.subscription_id = tend.subscription_id and l.lane = tend.lane and l.era = v_lane.era;
   perform pgqueue.reclaim(subscription_id, 100);
   if lane > 0 then
     perform pgqueue.tend_retries(subscription_id, interval '1 s');
@@ -112,13 +114,20 @@ declare
   v_lane pgqueue.lanes;
 begin
   select l.* into v_lane from pgqueue.lanes l
-  where l.subscription_id = tend_retries.subscription_id and l.lane = 0
+  where l.ctid = (
+      select n.ctid from pgqueue.lanes n
+      where n.subscription_id = tend_retries.subscription_id and n.lane = 0
+      order by n.era desc limit 1
+    )
     and (l.due_tended_at > clock_timestamp() - interval_between
       and l.due_tended_at < clock_timestamp() + interval '1 s') is not true
   for update skip locked;
   if found then
-    update pgqueue.lanes l set due_low = pgqueue.due_low_now(v_lane), due_tended_at = clock_timestamp()
-    where l.subscription_id = v_lane.subscription_id and l.lane = 0;
+    update pgqueue.lanes l set
+      due_low = pgqueue.due_low_now(v_lane),
+      due_tended_at = clock_timestamp(),
+      era = greatest(l.era, pgqueue.era())
+    where l.subscription_id = v_lane.subscription_id and l.lane = 0 and l.era = v_lane.era;
   end if;
 end $$;
 
