@@ -225,9 +225,10 @@ begin
   );
 end $$;
 
--- Each lane, past the dead versions of its row.
+-- Each lane, past the dead versions of its row. lane: of the series, for a condition on
+-- it to be looked at first.
 create view pgqueue.newest_lanes as
-select s.subscription_id, l.lane, l.low, l.receipt_low, l.hold_low, l.tended_at
+select s.subscription_id, n::smallint as lane, l.low, l.receipt_low, l.hold_low, l.tended_at
 from pgqueue.subscriptions s
 cross join generate_series(0, s.lanes) n
 cross join lateral (

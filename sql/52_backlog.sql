@@ -19,6 +19,7 @@ begin
   from pgqueue.newest_lanes l cross join lateral (
     select from pgqueue.deliveries d
     where d.subscription_id = l.subscription_id and d.lane = l.lane and d.message_id > l.low
+    offset 0
   ) d
   where l.subscription_id = s.subscription_id;
   if v_excess <= 0 then

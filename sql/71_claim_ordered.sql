@@ -4,17 +4,13 @@ create function pgqueue.key_hash(key text) returns int
 language sql immutable parallel safe
 return hashtext(key);
 
-create function pgqueue.lane_of_hash(lanes smallint, key_hash int) returns smallint
-language sql immutable parallel safe
-return 1 + (key_hash & 2147483647) % lanes;
-
 -- The lane for a key, or lane 0 without one.
 create function pgqueue.lane_of(ordering text, lanes smallint, key text) returns smallint
 language sql immutable parallel safe
 return case
   when ordering = 'none' or (ordering = 'key' and key is null) then 0
   when ordering = 'total' then 1
-  else pgqueue.lane_of_hash(lanes, pgqueue.key_hash(key))
+  else 1 + (pgqueue.key_hash(key) & 2147483647) % lanes
 end;
 
 -- From an ordered lane: its first deliveries, if no one else has the lane.

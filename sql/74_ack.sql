@@ -188,7 +188,8 @@ begin
     update pgqueue.lanes l set last_ack_at = clock_timestamp(), era = greatest(l.era, pgqueue.era())
     where l.ctid = any (array(
       select l.ctid from pgqueue.lanes l
-      where l.ctid = v_lane and l.last_ack_at < clock_timestamp() - interval '1 s'
+      where l.ctid = v_lane and l.subscription_id = stamp_ack.subscription_id
+        and l.last_ack_at < clock_timestamp() - interval '1 s'
       for update skip locked
     ));
   end if;
