@@ -7,7 +7,7 @@ import os
 import signal
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from .._ack import Ack
@@ -32,38 +32,56 @@ class Waker:
     """A sleep that other tasks and threads, or a readable socket, can end."""
 
     def __init__(self) -> None:
-        self._woken = asyncio.Event()
+        self._woken = False
+        self._sleepers: set[asyncio.Future[bool]] = set()
         self._loop = asyncio.get_running_loop()
 
     def wake(self) -> None:
         """End the sleep, or the next one. From any thread."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._woken.set)
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._woken = True
+        for sleeper in self._sleepers:
+            _end(sleeper, True)
 
     def forget(self) -> None:
         """Let the next sleep be a full one."""
-        self._woken.clear()
+        self._woken = False
 
     async def wait(self, seconds: float, fileno: int | None = None) -> bool:
         """Sleep, and forget the wake-up that ended it. Whether one did."""
+        if self._woken:
+            self._woken = False
+            return True
+        # A future of its own, and no wait_for, which starts a task for each sleep.
+        sleeper: asyncio.Future[bool] = self._loop.create_future()
+        timer = self._loop.call_later(seconds, _end, sleeper, False)
         # A loop has one reader per descriptor, and psycopg sets and removes its own.
         reader = None if fileno is None else os.dup(fileno)
         if reader is not None:
-            self._loop.add_reader(reader, self._woken.set)
+            self._loop.add_reader(reader, self._wake)
+        self._sleepers.add(sleeper)
         try:
-            await asyncio.wait_for(self._woken.wait(), seconds)
-        except asyncio.TimeoutError:
-            if not self._woken.is_set():
-                return False
+            woken = await sleeper
         finally:
+            self._sleepers.discard(sleeper)
+            timer.cancel()
             if reader is not None:
                 self._loop.remove_reader(reader)
                 os.close(reader)
-        self._woken.clear()
-        return True
+        if woken:
+            self._woken = False
+        return woken
 
     def close(self) -> None:
         """Nothing to free here."""
+
+
+def _end(sleeper: asyncio.Future[bool], woken: bool) -> None:
+    if not sleeper.done():
+        sleeper.set_result(woken)
 
 
 class Shield:
@@ -134,28 +152,26 @@ class Timer:
     def __init__(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._seconds = seconds
         self._work = work
-        self._stopped = asyncio.Event()
-        self._waiting = False
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin, unless it is begun."""
-        if not self._waiting:
-            self._waiting = True
-            task = asyncio.create_task(self._run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._call)
 
-    async def _run(self) -> None:
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), self._seconds)
-        self._waiting = False
-        await self._work()
+    def _call(self) -> None:
+        self._timer = None
+        task = asyncio.create_task(self._work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
         """Call it now, if it is begun, and wait for that."""
-        self._stopped.set()
-        while self._tasks:
+        while self._timer is not None or self._tasks:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._call()
             await asyncio.wait(self._tasks)
 
 
