@@ -27,10 +27,14 @@ delete from announced where ctid = any (array(
   select ctid from announced order by message_id limit {BATCH} for update skip locked
 )) returning message_id, payload
 """
-TAKE = "select taken_payload from take('s') where taken_receipt is not null"
+# As pgqueue's consumer: the commit waits for the disk if an ack is in it.
+TAKE = "select *, set_config('synchronous_commit', 'off', true) from take('s', null)"
+ACK_AND_TAKE = "select * from take('s', %s)"
 # What a listener reads that keeps what it has read: again some of the last, which others may have
 # committed in the meantime.
 READ = "select message_id, payload from announced where message_id > %s - 20 order by message_id"
+# The table grows, which its statistics do not know.
+BY_INDEX = "set enable_seqscan = off; set enable_bitmapscan = off"
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -65,9 +69,12 @@ def hopping_in_asyncio(database: Database, consumers: int) -> AbstractContextMan
     return running(_hop_in_asyncio, database, consumers)
 
 
-def taking(database: Database, consumers: int) -> AbstractContextManager[Records]:
-    """Run a listener that takes what it is notified of: a lease written, the row deleted."""
-    return running(_take, database, consumers)
+def taking_in_asyncio(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run a listener that takes what it is notified of, a lease each, and acks that with the next.
+
+    With psycopg's AsyncConnection.
+    """
+    return running(_take_in_asyncio, database, consumers)
 
 
 Work = Callable[[str, int, Event, Records], None]
@@ -172,6 +179,7 @@ def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
     for other in others:
         other.execute("listen other")
     with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(BY_INDEX)
         connection.execute("listen bare")
         ((last,),) = connection.execute("select coalesce(max(message_id), 0) from announced")
         started.set()
@@ -188,6 +196,7 @@ def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
 def _hop_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
     async def hop() -> None:
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            await connection.execute(BY_INDEX)
             await connection.execute("listen bare")
             cursor = await connection.execute("select coalesce(max(message_id), 0) from announced")
             ((last,),) = await cursor.fetchall()
@@ -205,15 +214,23 @@ def _hop_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> 
     asyncio.run(hop())
 
 
-def _take(dsn: str, number: int, started: Event, records: Records) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        # as pgqueue's receive, where nothing is acked
-        connection.execute("set synchronous_commit = off")
-        connection.execute("listen bare")
-        connection.execute(TAKE)
-        started.set()
-        while True:
-            for _ in connection.notifies(timeout=1, stop_after=1):
-                pass
-            while taken := connection.execute(TAKE).fetchone():
-                records.append((taken[0], time.monotonic()))
+def _take_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
+    async def take() -> None:
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            await connection.execute("listen bare")
+            receipt: int | None = None
+            started.set()
+            while True:
+                cursor = await (
+                    connection.execute(TAKE, prepare=True)
+                    if receipt is None
+                    else connection.execute(ACK_AND_TAKE, [receipt], prepare=True)
+                )
+                receipt, payload, *_ = await cursor.fetchone() or (None, None)
+                if receipt is not None:
+                    records.append((payload, time.monotonic()))
+                else:
+                    async for _ in connection.notifies(timeout=1, stop_after=1):
+                        pass
+
+    asyncio.run(take())

@@ -18,7 +18,7 @@ from .servers import Database, Lab
 CONNECTIONS = 8
 CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
-TAKING = "raw hop, 6 statements in a function"
+TAKING = "plain lease and ack, asyncio"
 ASYNCIO = "raw hop, asyncio"
 LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
 # It takes so long until all consumers wait, and until the last message was handled.
@@ -62,7 +62,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 for name, publish, handle, number in (
                     ("raw hop", ANNOUNCE, consumers.hopping, 1),
                     (ASYNCIO, ANNOUNCE, consumers.hopping_in_asyncio, 1),
-                    (TAKING, PUT, consumers.taking, 1),
+                    (TAKING, PUT, consumers.taking_in_asyncio, 1),
                     (LISTENING, ANNOUNCE, consumers.hopping, CONSUMERS[-1]),
                 )
             }
