@@ -27,9 +27,21 @@ delete from announced where ctid = any (array(
   select ctid from announced order by message_id limit {BATCH} for update skip locked
 )) returning message_id, payload
 """
-# As pgqueue's consumer: the commit waits for the disk if an ack is in it.
-TAKE = "select *, set_config('synchronous_commit', 'off', true) from take('s', null)"
-ACK_AND_TAKE = "select * from take('s', %s)"
+# And one that acks the last lease, and takes the next, in one statement. As of pgqueue's consumer
+# the commit waits for the disk if there is an ack in it.
+LEASE = f"""
+with acked as (
+  delete from leases where receipt = %s
+), taken as (
+  delete from announced where ctid = any (array(
+    select ctid from announced order by message_id limit {BATCH} for update skip locked
+  )) returning payload, message_id
+), leased as (
+  insert into leases (message_ids) select array_agg(message_id) from taken having count(*) > 0
+  returning receipt
+)
+select set_config('synchronous_commit', %s, true), payload, (select receipt from leased) from taken
+"""
 # What a listener reads that keeps what it has read: again some of the last, which others may have
 # committed in the meantime.
 READ = "select message_id, payload from announced where message_id > %s - 20 order by message_id"
@@ -69,12 +81,9 @@ def hopping_in_asyncio(database: Database, consumers: int) -> AbstractContextMan
     return running(_hop_in_asyncio, database, consumers)
 
 
-def taking_in_asyncio(database: Database, consumers: int) -> AbstractContextManager[Records]:
-    """Run a listener that takes what it is notified of, a lease each, and acks that with the next.
-
-    With psycopg's AsyncConnection.
-    """
-    return running(_take_in_asyncio, database, consumers)
+def leasing_in_asyncio(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """Run a listener that leases, and acks with its next look, with psycopg's AsyncConnection."""
+    return running(_lease_in_asyncio, database, consumers)
 
 
 Work = Callable[[str, int, Event, Records], None]
@@ -214,23 +223,22 @@ def _hop_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> 
     asyncio.run(hop())
 
 
-def _take_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
-    async def take() -> None:
+def _lease_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
+    async def lease() -> None:
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            await connection.execute(BY_INDEX)
             await connection.execute("listen bare")
             receipt: int | None = None
             started.set()
             while True:
-                cursor = await (
-                    connection.execute(TAKE, prepare=True)
-                    if receipt is None
-                    else connection.execute(ACK_AND_TAKE, [receipt], prepare=True)
-                )
-                receipt, payload, *_ = await cursor.fetchone() or (None, None)
-                if receipt is not None:
-                    records.append((payload, time.monotonic()))
-                else:
+                commit = "off" if receipt is None else "on"
+                cursor = await connection.execute(LEASE, [receipt, commit], prepare=True)
+                rows = await cursor.fetchall()
+                now = time.monotonic()
+                records.extend((payload, now) for _, payload, _ in rows)
+                receipt = rows[0][2] if rows else None
+                if receipt is None:
                     async for _ in connection.notifies(timeout=1, stop_after=1):
                         pass
 
-    asyncio.run(take())
+    asyncio.run(lease())

@@ -18,7 +18,7 @@ from .servers import Database, Lab
 CONNECTIONS = 8
 CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
-TAKING = "plain lease and ack, asyncio"
+LEASING = "plain lease and ack, asyncio"
 ASYNCIO = "raw hop, asyncio"
 LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
 # It takes so long until all consumers wait, and until the last message was handled.
@@ -27,7 +27,6 @@ SETTLE_SECONDS = 1.0
 WARM_SECONDS = 0.5
 
 PUBLISH = "select pgqueue.publish('t', to_jsonb(%s::int))"
-PUT = "select put('t', to_jsonb(%s::int)), pg_notify('bare', '')"
 ANNOUNCE = "insert into announced (topic, payload) values ('t', to_jsonb(%s::int))"
 
 Handling = Callable[[Database, int], AbstractContextManager[consumers.Records]]
@@ -62,7 +61,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 for name, publish, handle, number in (
                     ("raw hop", ANNOUNCE, consumers.hopping, 1),
                     (ASYNCIO, ANNOUNCE, consumers.hopping_in_asyncio, 1),
-                    (TAKING, PUT, consumers.taking_in_asyncio, 1),
+                    (LEASING, ANNOUNCE, consumers.leasing_in_asyncio, 1),
                     (LISTENING, ANNOUNCE, consumers.hopping, CONSUMERS[-1]),
                 )
             }
@@ -74,7 +73,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             }
             title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
             contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
-        for name in (ASYNCIO, TAKING):
+        for name in (ASYNCIO, LEASING):
             ratio = contest.ratio(name, "raw hop")
             report.figure(f"limit of the median: {name} / raw hop: {ratio:.2f}")
         report.figure(
