@@ -88,7 +88,7 @@ language sql immutable parallel safe
 return case when try <= 5 then random & ((pgqueue.seats() >> try) - 1)
   else ((random >> 8 | 1) * (try - 5)) & (pgqueue.seats() - 1) end;
 
--- Wakes one that waits in a seat: for a second the same one first, whose process is
+-- Wakes one that waits in a seat: for four seconds the same one first, whose process is
 -- warm, and then another, for one may be stuck. If none does, all that LISTEN to the
 -- subscription's channel. Not with pgqueue.notify off (PREPARE TRANSACTION forbids
 -- NOTIFY), and not into a queue that a stuck listener let run full, where it would fail
@@ -98,7 +98,7 @@ language plpgsql
 as $$
 declare
   v_channel text := pgqueue.channel_of(subscription_id);
-  v_random int := hashint8(extract(epoch from clock_timestamp())::bigint);
+  v_random int := hashint8(extract(epoch from clock_timestamp())::bigint / 4);
   v_seat int;
 begin
   if lower(coalesce(current_setting('pgqueue.notify', true), '')) in ('off', 'false', 'no', '0')

@@ -202,7 +202,7 @@ def test_stuck_consumer_in_the_first_of_adjacent_seats_is_not_always_the_one(
         publish(connection)
         return bool(heard(others))
 
-    wait_until(another_is_woken, "another second, and another consumer first")
+    wait_until(another_is_woken, "another four seconds, and another consumer first")
 
 
 def test_consumer_that_is_stopped_while_others_of_it_work_leaves_its_seat(
