@@ -91,9 +91,10 @@ create table pgqueue.lanes (
   primary key (subscription_id, lane, era)
 ) with (fillfactor = 20);
 
-create function pgqueue.era() returns bigint
+-- For an update of a row of this era. Not below it, if the clock was set back.
+create function pgqueue.next_era(era bigint) returns bigint
 language sql volatile
-return floor(extract(epoch from clock_timestamp()) / 16);
+return greatest(era, floor(extract(epoch from clock_timestamp()) / 16)::bigint);
 
 -- The payloads: written once, never updated or deleted row by row. What the
 -- columns may contain is checked by who publishes (sql/50_publish.sql): the

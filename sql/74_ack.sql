@@ -185,7 +185,7 @@ begin
   ) l
   where s.subscription_id = stamp_ack.subscription_id;
   if v_last_ack_at < clock_timestamp() - interval '1 s' then
-    update pgqueue.lanes l set last_ack_at = clock_timestamp(), era = greatest(l.era, pgqueue.era())
+    update pgqueue.lanes l set last_ack_at = clock_timestamp(), era = pgqueue.next_era(l.era)
     where l.ctid = any (array(
       select l.ctid from pgqueue.lanes l
       where l.ctid = v_lane and l.subscription_id = stamp_ack.subscription_id

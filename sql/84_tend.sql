@@ -54,7 +54,7 @@ begin
   where e.subscription_id = tend.subscription_id and e.receipt + 0 > v_lane.receipt_low;
   v_low := greatest(v_lane.low, least(v_settled, v_first_id - 1, v_leased_id - 1));
   update pgqueue.lanes l set
-    era = greatest(l.era, pgqueue.era()),
+    era = pgqueue.next_era(l.era),
     low = v_low,
     receipt_low = greatest(l.receipt_low, least(v_settled_receipts, v_first_receipt - 1)),
     hold_low = greatest(l.hold_low, least(v_settled_receipts, v_first_hold - 1)),
@@ -126,7 +126,7 @@ begin
     update pgqueue.lanes l set
       due_low = pgqueue.due_low_now(v_lane),
       due_tended_at = clock_timestamp(),
-      era = greatest(l.era, pgqueue.era())
+      era = pgqueue.next_era(l.era)
     where l.subscription_id = v_lane.subscription_id and l.lane = 0 and l.era = v_lane.era;
   end if;
 end $$;
