@@ -19,8 +19,10 @@ end;
 -- makes the steps below one: no lease appears and no delivery is taken in
 -- between, and what commits at or below settled has committed. One who gives
 -- back deliveries has their lease until the commit that brings them back.
+-- named: only these, in order by key.
 create function pgqueue.claim_ordered(
-  s pgqueue.subscriptions, lane smallint, max_messages int, settled bigint
+  s pgqueue.subscriptions, lane smallint, max_messages int, settled bigint,
+  named bigint[] default null
 ) returns pgqueue.claim
 language plpgsql
 as $$
@@ -73,6 +75,9 @@ begin
     exit when (s).ordering = 'total' or v_claim.message_ids is null;
     v_read := cardinality(v_claim.message_ids);
     v_claim := pgqueue.without_held(v_claim, v_lane, v_now);
+    if named is not null then
+      v_claim := pgqueue.only_named(v_claim, named);
+    end if;
     v_waiting_id := null;
     select min(d.message_id) into v_alone_id from pgqueue.deliveries d
     where d.ctid = any (v_claim.delivery_tids) and d.alone;
@@ -105,6 +110,31 @@ begin
     c.delivery_tids := c.delivery_tids[:keep];
     c.attempts := c.attempts[:keep];
     c.message_ids := nullif(c.message_ids[:keep], '{}');
+  end if;
+  return c;
+end $$;
+
+-- Of a claim on a lane the named messages, but those that an unnamed one of their key
+-- comes before. What of other keys was passed over is left: their hold may have ended
+-- since fetch_pending looked.
+create function pgqueue.only_named(c pgqueue.claim, named bigint[]) returns pgqueue.claim
+language plpgsql
+as $$
+begin
+  if c.message_ids <> named then
+    select
+      array_agg(i.tid order by i.id), array_agg(i.id order by i.id),
+      array_agg(i.attempts order by i.id)
+    into c.delivery_tids, c.message_ids, c.attempts
+    from (
+      select i.*, bool_and(n.id is not null) over (
+        partition by pgqueue.key_hash(m.key) order by i.id
+      ) as is_next
+      from unnest(c.delivery_tids, c.message_ids, c.attempts) as i (tid, id, attempts)
+      join pgqueue.messages_of(c.message_ids, null::smallint[]) m on m.message_id = i.id
+      left join unnest(named) as n (id) on n.id = i.id
+    ) i
+    where i.is_next;
   end if;
   return c;
 end $$;

@@ -111,7 +111,11 @@ begin
         v_ids, coalesce(v_claim.message_ids::text, 'none')
       ),
       hint = 'Call fetch_pending before, in the same transaction, and name what it returned'
-        || case v_subscription.ordering when 'none' then '.' else ': all of it, or its first messages.' end;
+        || case v_subscription.ordering
+          when 'none' then '.'
+          when 'total' then ': all of it, or its first messages.'
+          else ': all of it, or the first messages of each key.'
+        end;
   end if;
   return pgqueue.take(v_claim, lease, owner, false);
 end $$;

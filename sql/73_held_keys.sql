@@ -231,7 +231,9 @@ begin
     and r.key_hash is not distinct from pgqueue.key_hash(v_key);
   if not found then
     return pgqueue.claim_ordered(
-      s, pgqueue.lane_of(s.ordering, s.lanes, v_key), cardinality(ids), settled
+      s, pgqueue.lane_of(s.ordering, s.lanes, v_key),
+      -- also what stands between them, as far as fetch_pending looks
+      greatest(cardinality(ids), 100000), least(settled, ids[cardinality(ids)]), ids
     );
   end if;
   for v_held in

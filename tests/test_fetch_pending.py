@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from tests.helpers import (
@@ -105,6 +106,25 @@ def test_of_an_unordered_subscription_any_of_the_fetched_messages_can_be_taken(
     receipt = one(connection, "select pgqueue.mark_delivered('s', %s)", [ids[2], ids[0], ids[2]])
     assert one(connection, "select pgqueue.ack(%s)", receipt) == 2
     assert payloads(receive(connection, "s", 3)) == [2]
+
+
+def test_in_order_by_key_the_first_fetched_messages_of_any_key_can_be_taken(
+    database: Database,
+) -> None:
+    connection = database.connect()
+    subscribe(connection, "s", ordering="key", lanes=1)
+    a1, a2, b1, b2 = [
+        one(connection, "select pgqueue.publish('t', '1', key => %s)", key) for key in "aabb"
+    ]
+    connection.commit()
+    assert len(fetch_pending(connection, "s", 4)) == 4
+    for named in ([a2, b1], [a1, b2]):
+        with pytest.raises(psycopg.Error, match="not all"), connection.transaction():
+            one(connection, "select pgqueue.mark_delivered('s', %s)", named)
+    receipt = one(connection, "select pgqueue.mark_delivered('s', %s)", [a1, b1])
+    assert one(connection, "select pgqueue.ack(%s)", receipt) == 2
+    connection.commit()
+    assert [message.message_id for message in receive(connection, "s", 4)] == [a2, b2]
 
 
 def test_mark_delivered_takes_retries_too(database: Database) -> None:

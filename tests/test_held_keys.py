@@ -74,7 +74,10 @@ def test_message_settled_while_another_adds_to_its_keys_queue_lets_the_next_come
     assert receive_all(connection) == ([3, 4] if settle is ack else [2, 3, 4])
 
 
-def test_what_fetch_pending_returns_can_be_taken_beside_a_held_key(database: Database) -> None:
+@pytest.mark.parametrize("hold_ends", ["before", "after"])
+def test_what_fetch_pending_returns_can_be_taken_beside_a_held_key(
+    database: Database, hold_ends: str
+) -> None:
     connection, first = hold(database)
     connection.execute("select pgqueue.purge('s')")
     handler, consumer = database.connect(), database.connect()
@@ -84,12 +87,18 @@ def test_what_fetch_pending_returns_can_be_taken_beside_a_held_key(database: Dat
         put(connection, payload, key)
     messages = fetch_pending(consumer, "s", 3)
     assert payloads(messages) == [103, 104]
-    consumer.execute(
-        "select pgqueue.mark_delivered('s', %s)", [[message.message_id for message in messages]]
+    if hold_ends == "before":
+        handler.commit()
+    receipt = one(
+        consumer,
+        "select pgqueue.mark_delivered('s', %s)",
+        [message.message_id for message in messages],
     )
     consumer.commit()
     handler.commit()
-    assert one(connection, "select in_flight from pgqueue.status") == 2
+    assert status(connection) == {"in_flight": 2, "backlog": 1}
+    assert one(connection, "select pgqueue.ack(%s)", receipt) == 2
+    assert receive_all(connection) == [4]
 
 
 def test_receive_finds_at_once_what_waits_behind_a_hold_that_is_over(database: Database) -> None:
