@@ -54,6 +54,7 @@ class Report:
         self.contests: list[Contest] = []
         self.targets: list[Target] = []
         self.plots: list[Plot] = []
+        self.figures: list[str] = []
 
     def contest(self, contest: Contest) -> Contest:
         """Record a contest, and print its medians; ratios are to the first contestant."""
@@ -79,7 +80,8 @@ class Report:
         return contest
 
     def figure(self, text: str) -> None:
-        """Print a figure that belongs to no contest."""
+        """Record and print a figure that belongs to no contest."""
+        self.figures.append(text)
         print(f"  {text}", flush=True)
 
     def target(
@@ -106,6 +108,7 @@ class Report:
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
             "targets": [{**asdict(each), "verdict": each.verdict} for each in self.targets],
             "contests": [asdict(contest) for contest in self.contests],
+            "figures": self.figures,
             "plots": [asdict(plot) for plot in self.plots],
         }
 
