@@ -63,21 +63,31 @@ begin
     return;
   end if;
   v_ids := pgqueue.require_message_ids(message_ids);
-  v_foreign := array(select i from unnest(v_ids) i where i <> all (l.message_ids));
-  if cardinality(v_foreign) > 0 then
+  -- not by = any of an array, nor a join: both may compare each with each
+  select
+    array_agg(i.id order by i.id) filter (where i.place is null),
+    array_agg(i.id order by i.place) filter (where not i.is_named),
+    array_agg(i.attempts order by i.place) filter (where not i.is_named),
+    array_agg(i.id order by i.place) filter (where i.is_named),
+    array_agg(i.attempts order by i.place) filter (where i.is_named)
+  into v_foreign, v_rest_ids, v_rest_attempts, l.message_ids, l.attempts
+  from (
+    select i.id, max(i.attempts) as attempts, max(i.place) as place, bool_or(i.is_named) as is_named
+    from (
+      select h.*, false as is_named
+      from unnest((l).message_ids, (l).attempts) with ordinality as h (id, attempts, place)
+      union all
+      select n, null, null, true from unnest(v_ids) n
+    ) i
+    group by i.id
+  ) i;
+  if v_foreign is not null then
     raise exception using
       errcode = 'PQ004',
       message = format('receipt %s does not hold all of the messages', (l).receipt),
       detail = format('Named were %s; the receipt does not hold %s.', v_ids, v_foreign),
       hint = 'Name messages of this receipt that were not acked or requeued before.';
   end if;
-  select
-    array_agg(i.id) filter (where i.id <> all (v_ids)),
-    array_agg(i.attempts) filter (where i.id <> all (v_ids)),
-    array_agg(i.id) filter (where i.id = any (v_ids)),
-    array_agg(i.attempts) filter (where i.id = any (v_ids))
-  into v_rest_ids, v_rest_attempts, l.message_ids, l.attempts
-  from unnest(l.message_ids, l.attempts) as i (id, attempts);
   if v_rest_ids is null then
     delete from pgqueue.leases e where e.receipt = (l).receipt;
   else
