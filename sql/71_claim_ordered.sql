@@ -114,8 +114,8 @@ begin
   return c;
 end $$;
 
--- Of a claim on a lane the named messages, but those that an unnamed one of their key
--- comes before. What of other keys was passed over is left: their hold may have ended
+-- Of a claim on a lane the named messages, but those that an unnamed one of their key,
+-- or of one with the same hash, comes before: it could be held only behind them. What of other keys was passed over is left: their hold may have ended
 -- since fetch_pending looked.
 create function pgqueue.only_named(c pgqueue.claim, named bigint[]) returns pgqueue.claim
 language plpgsql
@@ -127,14 +127,21 @@ begin
       array_agg(i.attempts order by i.id)
     into c.delivery_tids, c.message_ids, c.attempts
     from (
-      select i.*, bool_and(n.id is not null) over (
-        partition by pgqueue.key_hash(m.key) order by i.id
-      ) as is_next
-      from unnest(c.delivery_tids, c.message_ids, c.attempts) as i (tid, id, attempts)
-      join pgqueue.messages_of(c.message_ids, null::smallint[]) m on m.message_id = i.id
-      left join unnest(named) as n (id) on n.id = i.id
+      -- not a join: the planner takes arrays for short, and would pick a nested loop
+      select i.id, max(i.tid) as tid, max(i.attempts) as attempts,
+        bool_and(bool_or(i.is_named)) over (partition by max(i.key_hash) order by i.id) as is_next
+      from (
+        select d.id, d.tid, d.attempts, null::int as key_hash, false as is_named
+        from unnest(c.message_ids, c.delivery_tids, c.attempts) as d (id, tid, attempts)
+        union all
+        select m.message_id, null, null, pgqueue.key_hash(m.key), false
+        from pgqueue.messages_of(c.message_ids, null::smallint[]) m
+        union all
+        select n, null, null, null, true from unnest(named) n
+      ) i
+      group by i.id
     ) i
-    where i.is_next;
+    where i.is_next and i.tid is not null;
   end if;
   return c;
 end $$;

@@ -127,6 +127,25 @@ def test_in_order_by_key_the_first_fetched_messages_of_any_key_can_be_taken(
     assert [message.message_id for message in receive(connection, "s", 4)] == [a2, b2]
 
 
+def test_keys_of_the_same_hash_can_be_taken_in_their_order_only(database: Database) -> None:
+    """They are held together, from the first message in the lease on."""
+    connection = database.connect()
+    subscribe(connection, "s", ordering="key", lanes=1)
+    (keys,) = column(
+        connection,
+        "select array[min(i::text), max(i::text)] from generate_series(1, 300000) i"
+        " group by pgqueue.key_hash(i::text) having count(*) > 1 limit 1",
+    )
+    first, second = [
+        one(connection, "select pgqueue.publish('t', '1', key => %s)", key) for key in keys
+    ]
+    connection.commit()
+    assert len(fetch_pending(connection, "s", 2)) == 2
+    with pytest.raises(psycopg.Error, match="not all"), connection.transaction():
+        one(connection, "select pgqueue.mark_delivered('s', %s)", [second])
+    assert one(connection, "select pgqueue.mark_delivered('s', %s)", [first, second])
+
+
 def test_mark_delivered_takes_retries_too(database: Database) -> None:
     connection = database.connect()
     subscribe(connection, "s")

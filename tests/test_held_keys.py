@@ -17,6 +17,7 @@ from tests.helpers import (
     together,
     wait_until_blocked,
 )
+from tests.plans import Plans, nodes
 from tests.servers import Database
 
 pytestmark = pytest.mark.one_backend
@@ -99,6 +100,28 @@ def test_what_fetch_pending_returns_can_be_taken_beside_a_held_key(
     assert status(connection) == {"in_flight": 2, "backlog": 1}
     assert one(connection, "select pgqueue.ack(%s)", receipt) == 2
     assert receive_all(connection) == [4]
+
+
+def test_to_name_many_messages_compares_no_array_with_another(database: Database) -> None:
+    connection, first = hold(database)
+    connection.execute("select pgqueue.purge('s')")
+    handler, consumer = database.connect(), database.connect()
+    plans = Plans(consumer)
+    ack(handler, [first])
+    for payload in (4, 5):
+        put(connection, payload, "a")
+    connection.execute(
+        "select count(*) from pgqueue.publish_batch("
+        "'t', array_fill('1'::jsonb, array[300]), keys => array_fill('b'::text, array[300]))"
+    )
+    ids = [message.message_id for message in fetch_pending(consumer, "s", 300)]
+    assert len(ids) == 300
+    handler.commit()
+    executed = plans.of(lambda c: one(c, "select pgqueue.mark_delivered('s', %s)", ids))
+    assert any("is_next" in plan["Query Text"] for plan in executed)
+    for plan in executed:
+        for node in nodes(plan["Plan"]):
+            assert node.get("Rows Removed by Join Filter", 0) < 300
 
 
 def test_receive_finds_at_once_what_waits_behind_a_hold_that_is_over(database: Database) -> None:
