@@ -126,6 +126,21 @@ def test_acks_of_prefetched_messages_do_not_wait_for_a_slow_handler(database: Da
     subscription.consume(handle, prefetch=3)
 
 
+def test_of_messages_taken_one_by_one_each_takes_one_call(database: Database) -> None:
+    queue = open_queue(database)
+    queue.subscribe("s", "t")
+    queue.publish_batch("t", list(range(10)))
+    steps: list[str] = []
+    subscription = Subscription.from_source(WatchedSource(database, steps.append))
+
+    def handle(message: Message[int]) -> None:
+        if message.payload == 9:
+            subscription.stop()
+
+    subscription.consume(handle, prefetch=1)
+    assert steps == ["subscribe", "listen", *["fetch_pending"] * 10, "ack"]
+
+
 def test_acks_of_messages_that_are_handled_at_once_go_in_one_call(database: Database) -> None:
     queue = open_queue(database)
     queue.subscribe("s", "t")

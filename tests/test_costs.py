@@ -9,6 +9,7 @@ import pytest
 
 from pgqueue_sql import Message, connect
 from tests.helpers import Connection, one, publish, receive, subscribe
+from tests.plans import Plans
 from tests.servers import Database
 
 
@@ -52,6 +53,24 @@ def test_receive_and_ack_write_a_deletion_for_each_and_a_lease_for_all(
     )
     # an unordered one locks each delivery as well
     assert records < (2.3 if ordering != "total" else 1.3) * 100
+
+
+@pytest.mark.one_backend
+def test_calls_execute_few_statements(connection: Connection) -> None:
+    plans = Plans(connection)
+
+    def statements(call: str) -> int:
+        """Of a call, itself included, that the session has done before."""
+        query = f"select * from pgqueue.{call}".encode()
+        return min(len(plans.of(lambda c: c.execute(query))) for _ in range(9))
+
+    assert statements("publish('t', '1')") <= 2
+    assert statements("publish_batch('t', array['1', '2']::jsonb[])") <= 8
+    publish(connection, 20)
+    receive(connection, "s")
+    newest = "(select max(receipt) from pgqueue.leases)"
+    assert statements(f"receive('s', ack_receipt => {newest})") <= 8
+    assert len(plans.of(lambda c: c.execute(f"select pgqueue.ack({newest})".encode()))) <= 5
 
 
 def commits(connection: Connection) -> int:
