@@ -47,9 +47,7 @@ GROUPS: dict[str, Callable[[Lab, Report, Scale], None]] = {
 # In seconds they would show nothing but noise.
 TOO_SMALL_WHEN_QUICK = ("idle", "rules")
 SERVERS = (15, 18)
-# Those of `make bench` are kept in the repository.
-RESULTS = Path(__file__).parent / "results" / "results.json"
-QUICK_RESULTS = REPOSITORY / "build" / "bench" / "results.json"
+RESULTS = REPOSITORY / "build" / "bench"
 
 
 def main() -> None:
@@ -69,21 +67,19 @@ def main() -> None:
     print(command)
     print(f"{os.cpu_count()} cores; {', '.join(arguments.only)}; {scale}")
     if not arguments.quick:
-        print(
-            "All groups take about 45 minutes a server, and 6 times as long as a snapshot is held."
-        )
+        print("All groups take about an hour a server, and 8 times as long as a snapshot is held.")
     reports = []
     for major in arguments.server:
         with lab(found[major], arguments.sql) as here:
-            report = Report(here.version)
+            report = Report(here.version, scale)
             reports.append(report)
             for group in arguments.only:
                 print(f"\n== {group}, PostgreSQL {here.version}", flush=True)
                 GROUPS[group](here, report, scale)
-                save(arguments.output, command, reports)
+                file = save(arguments.output, command, reports)
     summary(reports)
-    pictures = plots.draw(reports, arguments.output.parent)
-    written = ", ".join(str(file) for file in (arguments.output, *pictures))
+    pictures = plots.draw(reports, arguments.output)
+    written = ", ".join(str(each) for each in (file, *pictures))
     print(f"\n{time.monotonic() - started:.0f} s; written: {written}")
 
 
@@ -98,13 +94,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sql", type=Path, default=REPOSITORY / "sql", help="measure the SQL in another folder"
     )
-    parser.add_argument("--output", type=Path, help="the JSON file; plots go beside it")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and plots")
     arguments = parser.parse_args()
     arguments.only = arguments.only or [
         group for group in GROUPS if not (arguments.quick and group in TOO_SMALL_WHEN_QUICK)
     ]
     arguments.server = arguments.server or SERVERS[-1 if arguments.quick else 0 :]
-    arguments.output = arguments.output or (QUICK_RESULTS if arguments.quick else RESULTS)
     return arguments
 
 

@@ -1,4 +1,7 @@
-"""Target 4: the loops of the Python packages, each in one process with a trivial handler."""
+"""Target 4: the loops of the Python packages, each in one process with a trivial handler.
+
+How many transactions a message takes is counted, for the packages differ in it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ PROCRASTINATE_PER_SECOND = 1_000
 
 PREFETCH = 10  # what pgqueuer's worker takes by default; ours goes by the handler's speed
 
-Worker = Callable[..., float]
+Worker = Callable[..., workers.Handled]
+
+COMMITS = "select xact_commit from pg_stat_database where datname = current_database()"
 
 OPTIONS: dict[str, dict[str, int]] = {
     "by default": {},
@@ -44,7 +49,10 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             "pgqueuer, by 100": _pgqueuer(pgqueuer, scale, 100),
             "procrastinate, sync": _procrastinate(procrastinate, scale, workers.procrastinate_sync),
             "procrastinate, async": _procrastinate(
-                procrastinate, scale, workers.procrastinate_async
+                procrastinate, scale, workers.procrastinate_async, 1
+            ),
+            "procrastinate, async, 10 at once": _procrastinate(
+                procrastinate, scale, workers.procrastinate_async, 10
             ),
         }
         for name, options in list(OPTIONS.items())[: scale.long_cases]:
@@ -80,13 +88,13 @@ def _pgqueuer(database: Database, scale: Scale, batch_size: int) -> Turn:
     return work
 
 
-def _procrastinate(database: Database, scale: Scale, worker: Worker) -> Turn:
+def _procrastinate(database: Database, scale: Scale, worker: Worker, *concurrency: int) -> Turn:
     def work() -> Sample:
         messages = _needed(PROCRASTINATE_PER_SECOND, scale)
         waiting = database.execute("select count(*) from procrastinate_jobs where status = 'todo'")
         workers.fill_procrastinate(database.dsn, messages - waiting)
         database.execute("analyze")
-        return _in_process(worker, database, messages, scale)
+        return _in_process(worker, database, messages, scale, *concurrency)
 
     return work
 
@@ -98,5 +106,7 @@ def _needed(per_second: int, scale: Scale) -> int:
 def _in_process(
     worker: Worker, database: Database, messages: int, scale: Scale, *options: Any
 ) -> Sample:
+    before = database.execute(COMMITS)
     seconds = scale.turn_seconds
-    return {"msg/s": workers.in_process(worker, database.dsn, messages, seconds, *options)}
+    per_second, handled = workers.in_process(worker, database.dsn, messages, seconds, *options)
+    return {"msg/s": per_second, "transactions/msg": (database.execute(COMMITS) - before) / handled}

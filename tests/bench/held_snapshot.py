@@ -95,6 +95,8 @@ def _contest(lab: Lab, report: Report, held: str, scale: Scale, seconds: int) ->
         rates[name] = _rates(records, lasts)
     progress("")
     title = f"{BATCH * BATCHES_PER_SECOND} msg/s in batches of {BATCH}, {held} for {seconds} s"
+    if seconds > PGMQ_SECONDS:
+        title += f" (pgmq {PGMQ_SECONDS} s)"
     report.plot("held", title, rates)
     return report.contest(Contest(title, "msg/s", samples))
 

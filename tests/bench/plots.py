@@ -24,7 +24,7 @@ LABELS = {
     "held": ("seconds", "messages per second"),
 }
 COLUMNS = 2
-OTHERS = ("pgmq", "pgqueuer", "procrastinate", "INSERT", "DELETE", "NOTIFY")
+OURS = ("pgqueue ", "pgqueue,", "order ")
 
 
 def draw(reports: Sequence[Report], folder: Path) -> list[Path]:
@@ -32,10 +32,15 @@ def draw(reports: Sequence[Report], folder: Path) -> list[Path]:
     files = []
     for report in reports:
         major = report.version.split(".")[0]
-        rates = [contest for contest in report.contests if contest.metric == "msg/s"]
+        plotted = {plot.title for plot in report.plots}
+        rates = [
+            contest
+            for contest in report.contests
+            if contest.metric == "msg/s" and contest.title not in plotted
+        ]
         if rates:
             files.append(folder / f"throughput-{major}.svg")
-            _bars(f"PostgreSQL {report.version}", rates, files[-1])
+            _bars(f"PostgreSQL {report.version}; pgqueue is blue", rates, files[-1])
         for kind in LABELS:
             plots = [plot for plot in report.plots if plot.kind == kind]
             if plots:
@@ -49,7 +54,7 @@ def _bars(title: str, contests: Sequence[Contest], file: Path) -> None:
     for axis, contest in zip(axes, contests, strict=False):
         names = list(contest.samples)
         medians = [contest.median(name) for name in names]
-        colors = ["tab:gray" if name.startswith(OTHERS) else "tab:blue" for name in names]
+        colors = ["tab:blue" if f"{name} ".startswith(OURS) else "tab:gray" for name in names]
         bars = axis.barh(names, medians, color=colors)
         axis.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], fontsize=7)
         axis.set_title(f"{contest.title}, msg/s", fontsize=8)

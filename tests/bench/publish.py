@@ -25,8 +25,12 @@ PUT = "select put('t', :payload)"
 IN_A_FUNCTION = "INSERT in two tables, in a function"
 
 # Helpers that the planner inlines, of the order, of the wake-up and of order by key: a constant in
-# their place costs nothing. (One of them alone is worth less than the machine's noise.)
-WITHOUT = "create or replace function pgqueue.{} returns {} language sql {} return {};"
+# their place costs nothing. (One of them alone is worth less than the machine's noise.) The first
+# statement fails if there is no such function to replace.
+WITHOUT = """
+alter function pgqueue.{0} reset all;
+create or replace function pgqueue.{0} returns {1} language sql {2} return {3};
+"""
 WITHOUT_RULES = (
     WITHOUT.format("lock_floor(floor bigint)", "boolean", "volatile", "true")
     + WITHOUT.format("wake(subscription_id int)", "boolean", "volatile", "true")

@@ -73,7 +73,7 @@ FILL = {
     " insert into waiting (subscription_id, message_id) select 1, message_id from message",
 }
 FILL_BATCH = 2000
-COMMITS = "commits a batch: 2 of pgqueue, DELETE, lease and pgmq read, delete; 1 of the others"
+COMMITS = "commits a batch: 2 of 'pgqueue', of 'DELETE, lease' and of 'pgmq'; 1 of the others"
 
 CASES = (
     (1, 100, SMALL, "150 B"),

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .contest import Contest
+from .scale import Scale
+from .servers import REPOSITORY
+
+PEERS = ("pgmq", "pgqueuer", "procrastinate", "psycopg", "asyncpg")
 
 Series = Sequence[tuple[float, float]]
 
@@ -49,15 +57,19 @@ class Plot:
 class Report:
     """The results of one server."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, scale: Scale) -> None:
         self.version = version
+        self.scale = scale
         self.contests: list[Contest] = []
         self.targets: list[Target] = []
         self.plots: list[Plot] = []
         self.figures: list[str] = []
 
     def contest(self, contest: Contest) -> Contest:
-        """Record a contest, and print its medians; ratios are to the first contestant."""
+        """Record a contest, and print its medians, and the least and most of a round.
+
+        Ratios are to the first contestant.
+        """
         self.contests.append(contest)
         print(f"\n{contest.title}, PostgreSQL {self.version}")
         names = list(contest.samples)
@@ -66,7 +78,7 @@ class Report:
         columns = [metric for metric in metrics if not metric.startswith(("wait ", "percentile "))]
         width = max(map(len, names))
         heads = "".join(f"{column:>14}" for column in columns)
-        print(f"  {'':{width}}{heads}    ratio  waits")
+        print(f"  {'':{width}}{heads}    ratio        least         most  waits")
         for name in names:
             figures = "".join(f"{contest.median(name, column):14,.5g}" for column in columns)
             waits = {
@@ -76,7 +88,9 @@ class Report:
             }
             top = sorted(waits.items(), key=lambda wait: wait[1], reverse=True)[:3]
             shown = ", ".join(f"{event} {share:.0%}" for event, share in top if share >= 0.05)
-            print(f"  {name:{width}}{figures} {contest.ratio(name, names[0]):8.3f}  {shown}")
+            rounds = [sample[contest.metric] for sample in contest.samples[name]]
+            ends = f"{min(rounds):13,.5g}{max(rounds):13,.5g}"
+            print(f"  {name:{width}}{figures} {contest.ratio(name, names[0]):8.3f}{ends}  {shown}")
         return contest
 
     def figure(self, text: str) -> None:
@@ -105,7 +119,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "server": self.version,
-            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "scale": asdict(self.scale),
             "targets": [{**asdict(each), "verdict": each.verdict} for each in self.targets],
             "contests": [asdict(contest) for contest in self.contests],
             "figures": self.figures,
@@ -121,8 +135,32 @@ def summary(reports: Sequence[Report]) -> None:
             print(f"  {target}")
 
 
-def save(path: Path, command: str, reports: Sequence[Report]) -> None:
+def save(folder: Path, command: str, reports: Sequence[Report]) -> Path:
     """Write everything to a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    everything = {"command": command, "servers": [report.as_json() for report in reports]}
-    path.write_text(json.dumps(everything, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    everything = {
+        "command": command,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "Python": platform.python_version(),
+            **{package: version(package) for package in PEERS},
+        },
+        "servers": [report.as_json() for report in reports],
+    }
+    file.write_text(json.dumps(everything, indent=1) + "\n")
+    return file
+
+
+def _commit() -> str | None:
+    """What is measured, with `-dirty` where files were changed since; None outside a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None

@@ -1,7 +1,7 @@
 """The workers of pgqueue, pgqueuer and procrastinate: each runs for so many seconds.
 
 Every function here runs in a process of its own, and returns messages per second, once its start
-is over.
+is over, and how many were handled in all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import asyncpg
 import procrastinate
 import psycopg
+import uvloop
 from pgqueuer import PgQueuer, Queries
+from psycopg.conninfo import conninfo_to_dict
 
 import pgqueue_sql
 
@@ -27,7 +30,10 @@ from .payloads import SMALL
 WARM_UP_SECONDS = 1.5
 
 
-def in_process(work: Callable[..., float], *arguments: Any) -> float:
+Handled = tuple[float, int]
+
+
+def in_process(work: Callable[..., Handled], *arguments: Any) -> Handled:
     """What the function returns, called in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
@@ -60,13 +66,13 @@ class Stopwatch:
         return is_over or self._all >= self._messages
 
     @property
-    def per_second(self) -> float:
+    def result(self) -> Handled:
         if self._start is None:
             raise RuntimeError(f"{self._messages} messages did not last for the warm-up")
-        return self._counted / (self._end - self._start)
+        return self._counted / (self._end - self._start), self._all
 
 
-def pgqueue(dsn: str, messages: int, seconds: float, options: dict[str, Any]) -> float:
+def pgqueue(dsn: str, messages: int, seconds: float, options: dict[str, Any]) -> Handled:
     """`consume`, with its options."""
     stopwatch = Stopwatch(messages, seconds)
     with pgqueue_sql.connect(dsn) as queue:
@@ -77,10 +83,10 @@ def pgqueue(dsn: str, messages: int, seconds: float, options: dict[str, Any]) ->
                 subscription.stop()
 
         subscription.consume(handle, **options)
-    return stopwatch.per_second
+    return stopwatch.result
 
 
-def pgqueue_async(dsn: str, messages: int, seconds: float, options: dict[str, Any]) -> float:
+def pgqueue_async(dsn: str, messages: int, seconds: float, options: dict[str, Any]) -> Handled:
     """`consume` with asyncio."""
     stopwatch = Stopwatch(messages, seconds)
 
@@ -95,27 +101,33 @@ def pgqueue_async(dsn: str, messages: int, seconds: float, options: dict[str, An
             await subscription.consume(handle, **options)
 
     asyncio.run(consume())
-    return stopwatch.per_second
+    return stopwatch.result
 
 
-def pgqueuer(dsn: str, messages: int, seconds: float, batch_size: int) -> float:
-    """pgqueuer's worker."""
+def pgqueuer(dsn: str, messages: int, seconds: float, batch_size: int) -> Handled:
+    """pgqueuer's worker, with the driver of its documentation, and the loop of its command."""
     stopwatch = Stopwatch(messages, seconds)
 
     async def work() -> None:
-        connection = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
-        async with connection:
-            worker = PgQueuer.from_psycopg_connection(connection)
+        parts = conninfo_to_dict(dsn)
+        connection = await asyncpg.connect(
+            host=parts["host"],
+            port=parts["port"],
+            user=parts["user"],
+            database=parts["dbname"],
+        )
+        worker = PgQueuer.from_asyncpg_connection(connection)
 
-            async def handle(job: Any) -> None:
-                if stopwatch.handled():
-                    worker.shutdown.set()
+        async def handle(job: Any) -> None:
+            if stopwatch.handled():
+                worker.shutdown.set()
 
-            worker.entrypoint("handle")(handle)
-            await worker.run(batch_size=batch_size)
+        worker.entrypoint("handle")(handle)
+        await worker.run(batch_size=batch_size)
+        await connection.close()
 
-    asyncio.run(work())
-    return stopwatch.per_second
+    uvloop.run(work())
+    return stopwatch.result
 
 
 def fill_pgqueuer(dsn: str, messages: int) -> None:
@@ -131,7 +143,7 @@ def fill_pgqueuer(dsn: str, messages: int) -> None:
     asyncio.run(enqueue())
 
 
-def procrastinate_sync(dsn: str, messages: int, seconds: float) -> float:
+def procrastinate_sync(dsn: str, messages: int, seconds: float) -> Handled:
     """procrastinate's worker, with a task that is a function."""
     stopwatch = Stopwatch(messages, seconds)
     ended = threading.Event()
@@ -141,10 +153,10 @@ def procrastinate_sync(dsn: str, messages: int, seconds: float) -> float:
             ended.set()
 
     asyncio.run(_procrastinate(dsn, handle, ended))
-    return stopwatch.per_second
+    return stopwatch.result
 
 
-def procrastinate_async(dsn: str, messages: int, seconds: float) -> float:
+def procrastinate_async(dsn: str, messages: int, seconds: float, concurrency: int) -> Handled:
     """procrastinate's worker, with a task that is a coroutine."""
     stopwatch = Stopwatch(messages, seconds)
     ended = threading.Event()
@@ -153,15 +165,19 @@ def procrastinate_async(dsn: str, messages: int, seconds: float) -> float:
         if stopwatch.handled():
             ended.set()
 
-    asyncio.run(_procrastinate(dsn, handle, ended))
-    return stopwatch.per_second
+    asyncio.run(_procrastinate(dsn, handle, ended, concurrency))
+    return stopwatch.result
 
 
-async def _procrastinate(dsn: str, handle: Callable[..., Any], ended: threading.Event) -> None:
+async def _procrastinate(
+    dsn: str, handle: Callable[..., Any], ended: threading.Event, concurrency: int = 1
+) -> None:
     app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn))
     app.task(name="handle")(handle)
     async with app.open_async():
-        worker = asyncio.create_task(app.run_worker_async(install_signal_handlers=False))
+        worker = asyncio.create_task(
+            app.run_worker_async(concurrency=concurrency, install_signal_handlers=False)
+        )
         while not ended.is_set():
             await asyncio.sleep(0.1)
         worker.cancel()
