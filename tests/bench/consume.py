@@ -62,9 +62,14 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             )
         contest = report.contest(hold(title, "msg/s", turns, scale.rounds))
     for kind in ("sync", "async"):
-        for peer in ("pgqueuer, by 10", f"procrastinate, {kind}"):
+        # both as they are by default; and pgqueuer told to take more, which ours does by itself
+        for peer, at_least in (
+            ("pgqueuer, by 10", 3),
+            (f"procrastinate, {kind}", 3),
+            ("pgqueuer, by 100", None),
+        ):
             ratio = contest.ratio(f"pgqueue {kind}, by default", peer)
-            report.target(4, f"consume {kind}, by default, / {peer}", ratio, at_least=3)
+            report.target(4, f"consume {kind}, by default, / {peer}", ratio, at_least=at_least)
 
 
 def _pgqueue(database: Database, scale: Scale, worker: Worker, options: dict[str, int]) -> Turn:
@@ -109,4 +114,4 @@ def _in_process(
     before = database.execute(COMMITS)
     seconds = scale.turn_seconds
     per_second, handled = workers.in_process(worker, database.dsn, messages, seconds, *options)
-    return {"msg/s": per_second, "transactions/msg": (database.execute(COMMITS) - before) / handled}
+    return {"msg/s": per_second, "xacts/msg": (database.execute(COMMITS) - before) / handled}

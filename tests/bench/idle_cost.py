@@ -44,7 +44,11 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             floor = _share_of(lab, partial(_poll, query), database, scale, CONNECTED.format(query))
             report.figure(f"{CONSUMERS} sessions that {query} once a second: {floor:.2%} of a core")
     report.target(
-        9, f"{CONSUMERS} idle consumers, % of one core on the server", share * 100, at_most=2
+        9,
+        f"{CONSUMERS} idle consumers, % of one core on the server",
+        share * 100,
+        at_most=2,
+        plain=floor * 100,
     )
 
 

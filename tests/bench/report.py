@@ -24,13 +24,17 @@ Series = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Target:
-    """A bound of the project's, and what was measured. A bound that nobody set has no verdict."""
+    """A bound of the project's, and what was measured. A bound that nobody set has no verdict.
+
+    plain: what plain statements that write as much came to in the same run.
+    """
 
     number: int
     text: str
     measured: float
     at_least: float | None
     at_most: float | None
+    plain: float | None
 
     @property
     def verdict(self) -> str:
@@ -42,7 +46,8 @@ class Target:
         bounds = (("at least", self.at_least), ("at most", self.at_most))
         bound = " and ".join(f"{name} {value:g}" for name, value in bounds if value is not None)
         line = f"{self.number}. {self.text}: {bound}"
-        return f"{line:<94} {self.measured:8.3g}  {self.verdict}"
+        plain = "" if self.plain is None else f"  (plain statements: {self.plain:.3g})"
+        return f"{line:<94} {self.measured:8.3g}  {self.verdict}{plain}"
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,10 @@ class Report:
         *,
         at_least: float | None = None,
         at_most: float | None = None,
+        plain: float | None = None,
     ) -> None:
         """Record and print how a measurement stands to its bound."""
-        target = Target(number, text, measured, at_least, at_most)
+        target = Target(number, text, measured, at_least, at_most, plain)
         self.targets.append(target)
         print(f"  target {target}", flush=True)
 
