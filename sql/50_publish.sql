@@ -256,11 +256,15 @@ begin
   perform pgqueue.require_message(topic, array_position(payloads, null) is not null, v_bad_headers);
 
   perform pgqueue.take_floor();
+  -- Below not FROM unnest, which writes its rows down first: a twentieth of the call.
   v_ids := array(select nextval('pgqueue.message_ids') from generate_series(1, cardinality(payloads)));
   with message as (
     insert into pgqueue.message_ring (message_id, published_at, topic, payload, headers, key)
     select m.message_id, v_now, topic, m.payload, m.headers, m.key
-    from unnest(v_ids, payloads, headers, keys) as m (message_id, payload, headers, key)
+    from (
+      select unnest(v_ids) as message_id, unnest(payloads) as payload,
+        unnest(headers) as headers, unnest(keys) as key
+    ) m
   )
   insert into pgqueue.deliveries (subscription_id, lane, message_id, expires_at)
   select s.subscription_id, m.lane, m.message_id, v_now + s.max_age
@@ -268,7 +272,7 @@ begin
   -- lateral: the subscriptions come first, and are woken once
   cross join lateral (
     select pgqueue.lane_of(s.ordering, s.lanes, m.key) as lane, m.message_id
-    from unnest(v_ids, keys) as m (message_id, key) offset 0
+    from (select unnest(v_ids) as message_id, unnest(keys) as key) m offset 0
   ) m
   where s.topic = publish_batch.topic and pgqueue.wake(s.subscription_id);
   -- after it: a batch may be more than fits at all, and drops its own then

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import tables
 from tests.servers import Database
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -106,3 +107,9 @@ def test_every_block_runs_and_prints_what_is_shown(database: Database) -> None:
         if block.output is not None:
             assert shown(output) == squeezed(block.output), f"README.md:{block.line}"
     assert ran >= 8
+
+
+def test_tables_of_figures_are_of_the_results_that_are_kept() -> None:
+    text = README.read_text()
+    assert tables.written(text) == text
+    assert all(f"<!-- table: {name} -->" in text for name in tables.TABLES)
