@@ -249,7 +249,7 @@ class Run:
         query = "select * from pgqueue.fetch_pending(%s, %s)"
         messages = self.messages(worker, query, s.name, most)
         self.model.handed_out(worker, s, messages)
-        messages = messages[: self.random.randint(0, len(messages))]
+        messages = self.some_of(s, messages)
         if messages:
             ids = [m.message_id for m in messages]
             query = "select pgqueue.mark_delivered(%s, %s, %s)"
@@ -258,6 +258,18 @@ class Run:
             self.model.taken(worker, batch, receipt, self.model.now + 1, False)
         if alone:
             worker.end(self.random.choice(["commit", "rollback"]))
+
+    def some_of(self, s: Subscription, messages: list[Message]) -> list[Message]:
+        """Some that may be named: in order the first ones, by key the first ones of each key."""
+        kept: list[Message] = []
+        passed: set[object] = set()
+        for message in messages:
+            lane = {"none": message.message_id, "total": None, "key": message.key}[s.ordering]
+            if lane in passed or self.random.random() < 0.3:
+                passed.add(lane)
+            else:
+                kept.append(message)
+        return kept
 
     def settle(
         self, worker: Worker, lease: Lease, how: str, ids: list[int] | None, delay: int | None
