@@ -51,10 +51,11 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
             "procrastinate, async": _procrastinate(
                 procrastinate, scale, workers.procrastinate_async, 1
             ),
-            "procrastinate, async, 10 at once": _procrastinate(
-                procrastinate, scale, workers.procrastinate_async, 10
-            ),
         }
+        if scale.long_cases > 1:
+            turns["procrastinate, async, 10 at once"] = _procrastinate(
+                procrastinate, scale, workers.procrastinate_async, 10
+            )
         for name, options in list(OPTIONS.items())[: scale.long_cases]:
             turns[f"pgqueue sync, {name}"] = _pgqueue(pgqueue, scale, workers.pgqueue, options)
             turns[f"pgqueue async, {name}"] = _pgqueue(
