@@ -115,8 +115,9 @@ begin
 end $$;
 
 -- Of a claim on a lane the named messages, but those that an unnamed one of their key,
--- or of one with the same hash, comes before: it could be held only behind them. What of other keys was passed over is left: their hold may have ended
--- since fetch_pending looked.
+-- or of one with the same hash, comes before: a hold would begin behind it, and lose it.
+-- What of other keys was passed over is left: their hold may have ended since
+-- fetch_pending looked.
 create function pgqueue.only_named(c pgqueue.claim, named bigint[]) returns pgqueue.claim
 language plpgsql
 as $$
