@@ -13,6 +13,11 @@ return case
   else 1 + (pgqueue.key_hash(key) & 2147483647) % lanes
 end;
 
+-- How many deliveries of a lane are enough to look through for some whose key is not
+-- held. A fetch of no more than these reads at most four times as many.
+create function pgqueue.enough_to_look_through() returns int
+language sql immutable parallel safe return 100000;
+
 -- From an ordered lane: its first deliveries, if no one else has the lane.
 --
 -- settled was computed before, in statements of their own. The lane's lock
@@ -83,7 +88,7 @@ begin
     where d.ctid = any (v_claim.delivery_tids) and d.alone;
     exit when cardinality(v_claim.message_ids) >= max_messages or v_read < v_limit;
     -- held keys among them, moved away or locked: look further
-    exit when v_limit > 100000;
+    exit when v_limit > pgqueue.enough_to_look_through();
     v_limit := v_limit * 4;
   end loop;
 

@@ -233,7 +233,8 @@ begin
     return pgqueue.claim_ordered(
       s, pgqueue.lane_of(s.ordering, s.lanes, v_key),
       -- also what stands between them, as far as fetch_pending looks
-      greatest(cardinality(ids), 100000), least(settled, ids[cardinality(ids)]), ids
+      greatest(cardinality(ids), pgqueue.enough_to_look_through()),
+      least(settled, ids[cardinality(ids)]), ids
     );
   end if;
   for v_held in
