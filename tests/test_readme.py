@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import tables
+from tests.bench.tables import README, TABLES, written
 from tests.servers import Database
-
-README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 @dataclass
@@ -111,5 +109,5 @@ def test_every_block_runs_and_prints_what_is_shown(database: Database) -> None:
 
 def test_tables_of_figures_are_of_the_results_that_are_kept() -> None:
     text = README.read_text()
-    assert tables.written(text) == text
-    assert all(f"<!-- table: {name} -->" in text for name in tables.TABLES)
+    assert written(text) == text
+    assert all(f"<!-- table: {name} -->" in text for name in TABLES)

@@ -17,7 +17,7 @@ from .contest import Contest
 from .scale import Scale
 from .servers import REPOSITORY
 
-PEERS = ("pgmq", "pgqueuer", "procrastinate", "psycopg", "asyncpg")
+PACKAGES = ("pgmq", "pgqueuer", "procrastinate", "psycopg", "asyncpg")
 
 Series = Sequence[tuple[float, float]]
 
@@ -152,7 +152,7 @@ def save(folder: Path, command: str, reports: Sequence[Report]) -> Path:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {
             "Python": platform.python_version(),
-            **{package: version(package) for package in PEERS},
+            **{package: version(package) for package in PACKAGES},
         },
         "servers": [report.as_json() for report in reports],
     }
