@@ -7,7 +7,8 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -31,7 +32,7 @@ delete from announced where ctid = any (array(
 # the commit waits for the disk if there is an ack in it.
 LEASE = f"""
 with acked as (
-  delete from leases where receipt = %s
+  delete from leases where receipt = %(receipt)s
 ), taken as (
   delete from announced where ctid = any (array(
     select ctid from announced order by message_id limit {BATCH} for update skip locked
@@ -40,7 +41,14 @@ with acked as (
   insert into leases (message_ids) select array_agg(message_id) from taken having count(*) > 0
   returning receipt
 )
-select set_config('synchronous_commit', %s, true), payload, (select receipt from leased) from taken
+select payload, (select receipt from leased) as receipt
+from taken, set_config('synchronous_commit', %(commit)s, true)
+"""
+# The same by pgqueue's tables and statements, without its rules (rules.py).
+RECEIVE_WITHOUT_RULES = """
+select payload, receipt
+from set_config('synchronous_commit', %(commit)s, true),
+  pgqueue.receive_without('s', %(receipt)s)
 """
 # What a listener reads that keeps what it has read: again some of the last, which others may have
 # committed in the meantime.
@@ -82,8 +90,16 @@ def hopping_in_asyncio(database: Database, consumers: int) -> AbstractContextMan
 
 
 def leasing_in_asyncio(database: Database, consumers: int) -> AbstractContextManager[Records]:
-    """Run a listener that leases, and acks with its next look, with psycopg's AsyncConnection."""
-    return running(_lease_in_asyncio, database, consumers)
+    """Run a listener that leases, and acks with its next look, with psycopg's AsyncConnection.
+
+    Besides it so many less one that listen to another channel.
+    """
+    return running(partial(_lease_in_asyncio, LEASE), database, consumers)
+
+
+def without_rules(database: Database, consumers: int) -> AbstractContextManager[Records]:
+    """The same, in a database of pgqueue with `rules.receive_without`."""
+    return running(partial(_lease_in_asyncio, RECEIVE_WITHOUT_RULES), database, consumers)
 
 
 Work = Callable[[str, int, Event, Records], None]
@@ -183,11 +199,17 @@ def _handle(dsn: str, number: int, started: Event, records: Records) -> None:
     asyncio.run(consume_all())
 
 
+@contextmanager
+def _others_listening(dsn: str, number: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for _ in range(number):
+            other = stack.enter_context(psycopg.connect(dsn, autocommit=True))
+            other.execute("listen other")
+        yield
+
+
 def _hop(dsn: str, number: int, started: Event, records: Records) -> None:
-    others = [psycopg.connect(dsn, autocommit=True) for _ in range(number - 1)]
-    for other in others:
-        other.execute("listen other")
-    with psycopg.connect(dsn, autocommit=True) as connection:
+    with _others_listening(dsn, number - 1), psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(BY_INDEX)
         connection.execute("listen bare")
         ((last,),) = connection.execute("select coalesce(max(message_id), 0) from announced")
@@ -223,7 +245,7 @@ def _hop_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> 
     asyncio.run(hop())
 
 
-def _lease_in_asyncio(dsn: str, number: int, started: Event, records: Records) -> None:
+def _lease_in_asyncio(query: str, dsn: str, number: int, started: Event, records: Records) -> None:
     async def lease() -> None:
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
             await connection.execute(BY_INDEX)
@@ -231,14 +253,15 @@ def _lease_in_asyncio(dsn: str, number: int, started: Event, records: Records) -
             receipt: int | None = None
             started.set()
             while True:
-                commit = "off" if receipt is None else "on"
-                cursor = await connection.execute(LEASE, [receipt, commit], prepare=True)
+                values = {"receipt": receipt, "commit": "off" if receipt is None else "on"}
+                cursor = await connection.execute(query.encode(), values, prepare=True)
                 rows = await cursor.fetchall()
                 now = time.monotonic()
-                records.extend((payload, now) for _, payload, _ in rows)
-                receipt = rows[0][2] if rows else None
+                records.extend((payload, now) for payload, _ in rows)
+                receipt = rows[0][1] if rows else None
                 if receipt is None:
                     async for _ in connection.notifies(timeout=1, stop_after=1):
                         pass
 
-    asyncio.run(lease())
+    with _others_listening(dsn, number - 1):
+        asyncio.run(lease())

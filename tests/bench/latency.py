@@ -15,7 +15,9 @@ from statistics import quantiles
 
 from . import consumers, load
 from .contest import Sample, Turn, hold
+from .publish import NO_RULES, NOTIFYING_WITHOUT_RULES
 from .report import Report
+from .rules import receive_without
 from .scale import Scale
 from .servers import Database, Lab
 
@@ -24,7 +26,13 @@ CASES = ((100, False), (1000, False), (100, True), (1000, True))  # msg/s, busy
 CONSUMERS = (1, 50)
 LEASING = "plain lease and ack, asyncio"
 ASYNCIO = "raw hop, asyncio"
-LISTENING = f"raw hop, {CONSUMERS[-1] - 1} others LISTEN"
+AMONG_OTHERS = f", {CONSUMERS[-1] - 1} others LISTEN"
+LISTENING = f"raw hop{AMONG_OTHERS}"
+# The same statements as pgqueue's, in functions, too.
+WITHOUT_RULES = f"{NO_RULES}, asyncio"
+WITHOUT_RULES_LISTENING = WITHOUT_RULES + AMONG_OTHERS
+# A turn is so much longer than others: its first moments, when nobody is warm, weigh less.
+TURNS = 3
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
 # Until what all publishers' first calls brought at the same moment was handled.
@@ -57,30 +65,32 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
     for rate, busy in CASES[: scale.long_cases]:
         with ExitStack() as stack:
             bare = stack.enter_context(lab.database("bare"))
-            queue = stack.enter_context(lab.database("pgqueue"))
-            queue.execute("select pgqueue.subscribe('s', 't')")
+            queue, without = (stack.enter_context(lab.database("pgqueue")) for _ in range(2))
+            for database in (queue, without):
+                database.execute("select pgqueue.subscribe('s', 't')")
             queue.execute("select pgqueue.subscribe('other', 'other')")
+            without.execute(NOTIFYING_WITHOUT_RULES)
+            without.execute(receive_without(consumers.BATCH))
+            few, many = CONSUMERS
             turns: dict[str, Turn] = {
-                name: _turn(bare, publish, handle, queue, rate, number, busy, scale)
-                for name, publish, handle, number in (
-                    ("raw hop", ANNOUNCE, consumers.hopping, 1),
-                    (ASYNCIO, ANNOUNCE, consumers.hopping_in_asyncio, 1),
-                    (LEASING, ANNOUNCE, consumers.leasing_in_asyncio, 1),
-                    (LISTENING, ANNOUNCE, consumers.hopping, CONSUMERS[-1]),
+                name: _turn(database, query, handle, queue, rate, number, busy, scale)
+                for name, database, query, handle, number in (
+                    ("raw hop", bare, ANNOUNCE, consumers.hopping, few),
+                    (ASYNCIO, bare, ANNOUNCE, consumers.hopping_in_asyncio, few),
+                    (LEASING, bare, ANNOUNCE, consumers.leasing_in_asyncio, few),
+                    (WITHOUT_RULES, without, PUBLISH, consumers.without_rules, few),
+                    (LISTENING, bare, ANNOUNCE, consumers.hopping, many),
+                    (WITHOUT_RULES_LISTENING, without, PUBLISH, consumers.without_rules, many),
+                    (f"pgqueue, {few} waiting", queue, PUBLISH, consumers.handling, few),
+                    (f"pgqueue, {many} waiting", queue, PUBLISH, consumers.handling, many),
                 )
-            }
-            turns |= {
-                f"pgqueue, {number} waiting": _turn(
-                    queue, PUBLISH, consumers.handling, queue, rate, number, busy, scale
-                )
-                for number in CONSUMERS
             }
             title = f"publish-commit to handler, {rate} msg/s, {'busy' if busy else 'idle'}"
             contest = report.contest(hold(title, "median ms", turns, _rounds(scale)))
         ratio = contest.ratio(ASYNCIO, "raw hop")
         report.figure(f"{ASYNCIO} / raw hop: {ratio:.2f}")
-        # with one waiting a plain lease; with many a NOTIFY for each message, which all LISTEN to
-        for number, plain in zip(CONSUMERS, (LEASING, LISTENING), strict=True):
+        # without rules a NOTIFY for each message, which wakes all who LISTEN
+        for number, plain in zip(CONSUMERS, (WITHOUT_RULES, WITHOUT_RULES_LISTENING), strict=True):
             name = f"pgqueue, {number} waiting"
             text = f"{title}, {name}"
             report.target(
@@ -88,7 +98,7 @@ def run(lab: Lab, report: Report, scale: Scale) -> None:
                 f"{text}, median / raw hop",
                 contest.ratio(name, "raw hop"),
                 at_most=1.5,
-                plain=contest.ratio(LEASING, "raw hop"),
+                plain=contest.ratio(plain, "raw hop"),
             )
             report.target(
                 5,
@@ -110,7 +120,7 @@ def _rounds(scale: Scale) -> int:
 
 def _turn(
     database: Database,
-    publish: str,
+    query: str,
     handle: Handling,
     queue: Database,
     rate: int,
@@ -125,7 +135,7 @@ def _turn(
             handle(database, number) as handled,
         ):
             time.sleep(SETTLE_SECONDS)
-            committed = _publish(database, publish, rate, scale.turn_seconds)
+            committed = _publish(database, query, rate, TURNS * scale.turn_seconds)
             time.sleep(SETTLE_SECONDS)
         # a raw listener reads some of the messages again
         first: dict[int, float] = dict(reversed(handled))
@@ -174,7 +184,7 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
 
 @contextmanager
 def _others(database: Database, scale: Scale) -> Iterator[None]:
-    seconds = scale.turn_seconds + 3 * SETTLE_SECONDS + 2
+    seconds = TURNS * scale.turn_seconds + 3 * SETTLE_SECONDS + 2
     runs = [
         load.Run(database, script, seconds=seconds, rate=OTHER_RATE, variables={"receipt": 0})
         for script in (OTHER_PUBLISH, OTHER_RECEIVE)

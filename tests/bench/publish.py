@@ -39,6 +39,10 @@ WITHOUT_RULES = (
     )
 )
 NO_RULES = "pgqueue without rules"
+# And a NOTIFY for each message, as a queue without a rule for it needs.
+NOTIFYING_WITHOUT_RULES = WITHOUT_RULES + WITHOUT.format(
+    "wake(subscription_id int)", "boolean", "volatile", "pg_notify('bare', '') is not null"
+)
 
 CASES = ((CLIENTS, SMALL, "150 B"), (1, SMALL, "150 B"), (CLIENTS, LARGE, "4 kB"))
 

@@ -60,10 +60,16 @@ begin
     ) values (
       v_subscription_id, 0, v_ids[1], v_ids, v_attempts, clock_timestamp() + interval '30 s'
     ) returning receipt into v_receipt;
-    return query
-    select m.*, v_receipt from pgqueue.messages_of_run(
-      ((v_ids[1] >> 16) & 3)::int, v_ids[1], v_ids[cardinality(v_ids)], 1
-    ) m;
+    if v_ids[cardinality(v_ids)] = v_ids[1] + cardinality(v_ids) - 1
+      and v_ids[cardinality(v_ids)] >> 16 = v_ids[1] >> 16
+    then
+      return query
+      select m.*, v_receipt from pgqueue.messages_of_run(
+        ((v_ids[1] >> 16) & 3)::int, v_ids[1], v_ids[cardinality(v_ids)], 1
+      ) m;
+    else
+      return query select m.*, v_receipt from pgqueue.messages_of(v_ids, v_attempts) m;
+    end if;
   end if;
 end $$;
 """
@@ -94,6 +100,12 @@ PLAIN = {
 }
 
 
+def receive_without(batch: int) -> str:
+    """What creates the function that receives so many without rules."""
+    claim = CLAIM_ONE if batch == 1 else CLAIM_MANY
+    return RECEIVE_WITHOUT_RULES.format(claim=claim.format(batch=batch))
+
+
 def run(lab: Lab, report: Report, scale: Scale) -> None:
     """One client, synchronous_commit off: the disk would hide the difference."""
     _publish(lab, report, scale)
@@ -121,8 +133,7 @@ def _publish(lab: Lab, report: Report, scale: Scale) -> None:
 
 def _receive(lab: Lab, report: Report, scale: Scale, batch: int) -> None:
     calls = scale.messages // max(batch, 10)
-    claim = (CLAIM_ONE if batch == 1 else CLAIM_MANY).format(batch=batch)
-    with _databases(lab, RECEIVE_WITHOUT_RULES.format(claim=claim)) as (bare, whole, without):
+    with _databases(lab, receive_without(batch)) as (bare, whole, without):
 
         def turn(database: Database, kind: str, script: str) -> Turn:
             def measure() -> Sample:
