@@ -31,8 +31,6 @@ LISTENING = f"raw hop{AMONG_OTHERS}"
 # The same statements as pgqueue's, in functions, too.
 WITHOUT_RULES = f"{NO_RULES}, asyncio"
 WITHOUT_RULES_LISTENING = WITHOUT_RULES + AMONG_OTHERS
-# A turn is so much longer than others: its first moments, when nobody is warm, weigh less.
-TURNS = 3
 # It takes so long until all consumers wait, and until the last message was handled.
 SETTLE_SECONDS = 1.0
 # Until what all publishers' first calls brought at the same moment was handled.
@@ -135,7 +133,7 @@ def _turn(
             handle(database, number) as handled,
         ):
             time.sleep(SETTLE_SECONDS)
-            committed = _publish(database, query, rate, TURNS * scale.turn_seconds)
+            committed = _publish(database, query, rate, scale.latency_seconds)
             time.sleep(SETTLE_SECONDS)
         # a raw listener reads some of the messages again
         first: dict[int, float] = dict(reversed(handled))
@@ -184,7 +182,7 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
 
 @contextmanager
 def _others(database: Database, scale: Scale) -> Iterator[None]:
-    seconds = TURNS * scale.turn_seconds + 3 * SETTLE_SECONDS + 2
+    seconds = scale.latency_seconds + 3 * SETTLE_SECONDS + 2
     runs = [
         load.Run(database, script, seconds=seconds, rate=OTHER_RATE, variables={"receipt": 0})
         for script in (OTHER_PUBLISH, OTHER_RECEIVE)
