@@ -120,17 +120,25 @@ begin
   perform pg_notify(v_channel, '');
 end $$;
 
+create function pgqueue.let_others_run() returns void
+language sql volatile
+return pg_sleep(0.001);
+
 -- wake() when it is not clear that nobody waits. Leaves it to a consumer that lingers,
 -- if one does: where many wait that is the usual case. The second tries tell consumers from
--- other publishers that looked at the same moment. Who cannot get the waking lock
--- (somebody may look at it, time and again, or squat on it) is not seen by one that
--- begins to wait now, and notifies whoever LISTENs.
+-- other publishers that looked at the same moment; the pauses are for a consumer that lost
+-- its CPU while it looked at the waking lock, and so holds it. Who cannot get that lock
+-- (somebody squats on it) is not seen by one that begins to wait now, and notifies
+-- whoever LISTENs, all at once.
 create function pgqueue.wake_waiting(subscription_id int, announced boolean) returns boolean
 language plpgsql
 as $$
 begin
-  for try in 1..100 loop
+  for try in 1..25 loop
     exit when announced;
+    if try > 20 then
+      perform pgqueue.let_others_run();
+    end if;
     announced := pg_try_advisory_xact_lock_shared(
       pgqueue.waking_locks(), pgqueue.waking_key(subscription_id)
     );

@@ -178,6 +178,24 @@ def test_publishers_that_look_at_once_do_not_take_each_other_for_waiters(
     assert heard([sitting]) == [sitting]
 
 
+def test_one_is_woken_though_a_consumer_loses_its_cpu_while_it_looks_who_wakes(
+    database: Database, connection: Connection
+) -> None:
+    consumers = seated(database, 3)
+    looker = database.connect(autocommit=True)
+    looker.execute(
+        "select pg_advisory_lock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))"
+        " from pgqueue.subscriptions"
+    )
+    # it lets go of the lock as soon as others let it run
+    connection.execute(
+        "create or replace function pgqueue.let_others_run() returns void language sql"
+        f" as 'select pg_terminate_backend({looker.info.backend_pid}, 30000)'"
+    )
+    publish(connection)
+    assert len(heard(consumers)) == 1
+
+
 def test_released_messages_wake_one_after_the_other(
     database: Database, connection: Connection
 ) -> None:
