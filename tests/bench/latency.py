@@ -32,7 +32,7 @@ LISTENING = f"raw hop{AMONG_OTHERS}"
 WITHOUT_RULES = f"{NO_RULES}, asyncio"
 WITHOUT_RULES_LISTENING = WITHOUT_RULES + AMONG_OTHERS
 # It takes so long until all consumers wait, and until the last message was handled.
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 0.5
 # Until what all publishers' first calls brought at the same moment was handled.
 WARM_SECONDS = 0.5
 
@@ -44,6 +44,8 @@ Handling = Callable[[Database, int], AbstractContextManager[consumers.Records]]
 # What keeps the queue busy: another topic of the same database, 1,000 msg/s.
 OTHER_RATE = 50
 OTHER_BATCH = 20
+# They begin before the consumers connect.
+OTHERS_EARLIER_SECONDS = 4
 OTHER_PUBLISH = (
     "select count(*) from pgqueue.publish_batch("
     f"'other', array_fill('{{\"order\": 4711}}'::jsonb, array[{OTHER_BATCH}]))"
@@ -182,7 +184,7 @@ def _publish(database: Database, query: str, rate: int, seconds: float) -> dict[
 
 @contextmanager
 def _others(database: Database, scale: Scale) -> Iterator[None]:
-    seconds = scale.latency_seconds + 3 * SETTLE_SECONDS + 2
+    seconds = scale.latency_seconds + 2 * SETTLE_SECONDS + OTHERS_EARLIER_SECONDS
     runs = [
         load.Run(database, script, seconds=seconds, rate=OTHER_RATE, variables={"receipt": 0})
         for script in (OTHER_PUBLISH, OTHER_RECEIVE)
