@@ -21,7 +21,7 @@ ASYNC_COMMIT = "set_config('synchronous_commit', 'off', true)"
 # process that wakes up costs some 0.03 ms of CPU time.) Where messages come one by one, longer
 # would be later; where they come by the dozen, every look saved lets another message come sooner.
 LINGERS, LINGER_SECONDS = 2, 0.002
-LINGERS_MANY, LINGER_SECONDS_MANY = 4, 0.01
+LINGERS_MANY, LINGER_SECONDS_MANY = 6, 0.007
 
 # No system call for waiting takes any number of seconds.
 LONGEST_SLEEP_SECONDS = 3600.0
