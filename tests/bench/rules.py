@@ -40,6 +40,8 @@ declare
   v_ids bigint[];
   v_attempts smallint[];
   v_receipt bigint;
+  v_first bigint;
+  v_last bigint;
 begin
   select s.subscription_id into v_subscription_id from pgqueue.subscriptions s
   where s.subscription = receive_without.subscription;
@@ -52,21 +54,20 @@ begin
   limit 1;
   {claim}
   if v_ids is not null then
+    v_first := v_ids[1];
+    v_last := v_ids[cardinality(v_ids)];
     with taken as (
       delete from pgqueue.deliveries d where d.ctid = any (v_tids)
     )
     insert into pgqueue.leases (
       subscription_id, lane, first_id, message_ids, attempts, deadline
     ) values (
-      v_subscription_id, 0, v_ids[1], v_ids, v_attempts, clock_timestamp() + interval '30 s'
+      v_subscription_id, 0, v_first, v_ids, v_attempts, clock_timestamp() + interval '30 s'
     ) returning receipt into v_receipt;
-    if v_ids[cardinality(v_ids)] = v_ids[1] + cardinality(v_ids) - 1
-      and v_ids[cardinality(v_ids)] >> 16 = v_ids[1] >> 16
-    then
+    if v_last - v_first = cardinality(v_ids) - 1 and v_first >> 16 = v_last >> 16 then
       return query
-      select m.*, v_receipt from pgqueue.messages_of_run(
-        ((v_ids[1] >> 16) & 3)::int, v_ids[1], v_ids[cardinality(v_ids)], 1
-      ) m;
+      select m.*, v_receipt
+      from pgqueue.messages_of_run(((v_first >> 16) & 3)::int, v_first, v_last, 1) m;
     else
       return query select m.*, v_receipt from pgqueue.messages_of(v_ids, v_attempts) m;
     end if;
