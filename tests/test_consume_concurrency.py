@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 import pytest
 
 from pgqueue_sql import Message
+from pgqueue_sql._sync.runtime import Waker
+from pgqueue_sql._sync.session import Session
 from tests.consuming import LONG_POLL, consuming, nothing_left, open_queue, wait_until
+from tests.helpers import PATIENCE_SECONDS
 from tests.servers import Database
 
 if sys.version_info < (3, 11):
@@ -167,3 +171,20 @@ def test_errors_of_two_threads_come_as_a_group(database: Database) -> None:
     with pytest.raises(ExceptionGroup) as raised:
         subscription.consume(handle, concurrency=2, stop_on_requeue=True)
     assert sorted(str(error) for error in raised.value.exceptions) == ["1", "2"]
+
+
+def test_libpq_is_not_asked_for_notifications_while_another_thread_uses_it(
+    database: Database,
+) -> None:
+    open_queue(database).subscribe("s", "t")
+    waker = Waker()
+    session = Session(database.connect, "s", waker, listen=True)
+    connection = session.connected()
+    with ThreadPoolExecutor(1) as pool:
+        with connection.lock:
+            sleeping = pool.submit(session.sleep, 0)
+            with pytest.raises(TimeoutError):
+                sleeping.result(0.2)
+        assert not sleeping.result(PATIENCE_SECONDS)
+    session.close()
+    waker.close()

@@ -102,12 +102,15 @@ class Session:
     def sleep(self, seconds: float) -> bool:
         """Sleep until a notification or wake-up comes, at most so many seconds. Whether one did."""
         connection = self._connection
-        if connection is None or connection.closed:
+        if connection is None:
             return True
-        # libpq may have read a notification together with the last result
-        if connection.pgconn.notifies() is not None:
-            return True
-        return self._waker.wait(seconds, connection.fileno())
+        # psycopg's lock: a handler's thread may execute something, and find the connection broken
+        with connection.lock:
+            # libpq may have read a notification together with the last result
+            if connection.closed or connection.pgconn.notifies() is not None:
+                return True
+            fileno = connection.fileno()
+        return self._waker.wait(seconds, fileno)
 
     def close(self) -> None:
         """Close the connection, for good."""
