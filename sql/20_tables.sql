@@ -180,7 +180,8 @@ comment on table pgqueue.leases is 'One row per batch that a consumer holds, unt
 -- Always empty: the trigger that does it deletes the row.
 create table pgqueue.tending (
   subscription_id int not null,
-  lane smallint not null
+  lane smallint not null,
+  delivered boolean not null
 );
 create index tending_lane on pgqueue.tending (subscription_id, lane);
 

@@ -18,7 +18,8 @@ declare
   v_owner int := pgqueue.owner_of_session(owner);
 begin
   if c.tending_is_due then
-    insert into pgqueue.tending (subscription_id, lane) values (c.subscription_id, c.lane);
+    insert into pgqueue.tending (subscription_id, lane, delivered)
+    values (c.subscription_id, c.lane, true);
   end if;
   if c.retry_tids is not null then
     delete from pgqueue.retries r where r.ctid = any (c.retry_tids);

@@ -123,7 +123,8 @@ begin
     return interval '0 s';
   end if;
   v_next := pgqueue.next_delivery(v_subscription);
-  perform pgqueue.tend(l.subscription_id, l.lane, false)
+  insert into pgqueue.tending (subscription_id, lane, delivered)
+  select l.subscription_id, l.lane, false
   from pgqueue.newest_lanes l
   where l.subscription_id = v_subscription.subscription_id
     and l.low < pgqueue.last_id() and l.tended_at < clock_timestamp() - interval '10 s';

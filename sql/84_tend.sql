@@ -131,8 +131,8 @@ begin
   end if;
 end $$;
 
--- A consumer's housekeeping comes with the commit of a lease: its locks last to
--- the end of the transaction, in which a handler may run for long. Never in a
+-- A consumer's housekeeping comes with its commit: the locks last to the end of
+-- the transaction, in which a handler may run for long. Never in a
 -- restore, where what the low-water mark goes by is loaded in any order.
 create function pgqueue.tend_at_commit() returns trigger
 language plpgsql security definer
@@ -144,7 +144,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 begin
   perform set_config('pgqueue.tended', '', false);
-  perform pgqueue.tend(new.subscription_id, new.lane, true);
+  perform pgqueue.tend(new.subscription_id, new.lane, new.delivered);
   delete from pgqueue.tending t
   where t.subscription_id = new.subscription_id and t.lane = new.lane;
   return null;

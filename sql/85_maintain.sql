@@ -211,4 +211,4 @@ begin
 end $$;
 
 comment on function pgqueue.maintain() is
-  'Does all the housekeeping there is and returns what it did. Consumers do it by the way; call it where topics are published to without a consumer, or out of curiosity. Concurrent calls skip.';
+  'Does all the housekeeping there is and returns what it did. Consumers do it by the way; call it where topics are published to without a consumer, or out of curiosity, in a transaction of its own: the tables of which it gives space back are locked to its end. Concurrent calls skip.';

@@ -61,6 +61,15 @@ def maintain(connection: Connection) -> dict[tuple[str, str], int]:
     return {(task, subject): amount for task, subject, amount in rows}
 
 
+def locked_tables(connection: Connection) -> list[str]:
+    """What the transaction keeps others off."""
+    return column(
+        connection,
+        "select relation::regclass::text from pg_locks"
+        " where pid = pg_backend_pid() and mode = 'AccessExclusiveLock' and locktype = 'relation'",
+    )
+
+
 def move_on(connection: Connection) -> None:
     """Publish to a topic without subscriptions in the two following leaves."""
     run = one(connection, "select pgqueue.last_id()") // LEAF
@@ -241,10 +250,17 @@ def test_receive_locks_no_leaf_to_the_end_of_a_longer_transaction(
     publish(admin, 2)
     admin.execute(begin)
     receive(admin, "s")
-    locks = column(
-        admin,
-        "select relation::regclass::text from pg_locks"
-        " where pid = pg_backend_pid() and mode = 'AccessExclusiveLock' and locktype = 'relation'",
-    )
+    assert locked_tables(admin) == []
     admin.execute("rollback")
-    assert locks == []
+
+
+def test_await_locks_no_leaf_to_the_end_of_a_longer_transaction(admin: Connection) -> None:
+    subscribe(admin, "s")
+    publish(admin)
+    assert len(ids_received(admin, "s")) == 1
+    move_on(admin)
+    admin.execute("update pgqueue.lanes set tended_at = '-infinity'")
+    admin.execute("begin")
+    admin.execute("select pgqueue.await('s')")
+    assert locked_tables(admin) == []
+    admin.execute("rollback")
