@@ -47,15 +47,17 @@ return ((subscription_id & 67108863) - 33554432) * 32 + seat;
 -- LISTENs, to whatever. A consumer that has just found messages therefore lingers
 -- rather than waits: it holds one of the subscription's lingering locks, in the
 -- same manner, and looks again by itself. The lock's key has the time in it, by
--- slots of 0.2 s: one who is stuck is not relied on for long.
+-- slots of 0.2 s, which come again after minutes: one who is stuck is not relied on
+-- for long.
 create function pgqueue.lingerers() returns int
 language sql immutable parallel safe return 4;
 create function pgqueue.lingering_slot() returns int
 language sql volatile
-return floor(date_part('epoch', clock_timestamp()) * 5)::bigint & 7;
+return floor(date_part('epoch', clock_timestamp()) * 5)::bigint & 1023;
 create function pgqueue.lingering_key(subscription_id int, slot int, lingerer int) returns int
 language sql immutable parallel safe
-return pgqueue.seat_key(subscription_id, (slot & 7) * pgqueue.lingerers() + lingerer);
+return ((subscription_id & 1048575) - 524288) * 4096
+  + (slot & 1023) * pgqueue.lingerers() + lingerer;
 
 create function pgqueue.is_held(classid int, key int) returns boolean
 language sql volatile
@@ -117,7 +119,10 @@ begin
       return;
     end if;
   end loop;
-  perform pg_notify(v_channel, '');
+  -- who has stopped waiting since sees that somebody is in flight
+  if not pgqueue.nobody_waits(subscription_id) then
+    perform pg_notify(v_channel, '');
+  end if;
 end $$;
 
 create function pgqueue.let_others_run() returns void

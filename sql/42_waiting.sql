@@ -2,9 +2,10 @@
 
 -- What a session knows of its waiting, in a setting of its own per subscription:
 -- "waits", the id of a transaction since then (-: of none yet), the awakening that
--- it counts from, the seat or -, since when (epoch), the last message id at its
--- last look, and "clear" and since when nobody is in flight who may have looked
--- before. Or "lingers", "-", the awakening and the key of its lock.
+-- it counts from, the seat (without one: "found" if somebody in flight may have found
+-- it before it waited, or -), since when (epoch), the last message id at its last
+-- look, and "clear" and since when nobody is in flight who may have looked before. Or
+-- "lingers", "-", the awakening and the key of its lock.
 -- Or "no", whether somebody in flight may have found it waiting ("found" or "-"),
 -- and the awakening since which it does not wait. The setting goes with a rollback,
 -- the locks stay: so it holds only as long as the session's awakening, which no
@@ -71,17 +72,21 @@ language plpgsql
 as $$
 begin
   return query
-  select w.classid, w.key, w.is_shared
-  from (
-    select pgqueue.waiting_locks() as classid, waiting_locks_held.subscription_id as key, true as is_shared
-    union all
-    select c.classid, pgqueue.seat_key(waiting_locks_held.subscription_id, seat), false
-    from generate_series(0, pgqueue.seats() - 1) seat,
-      (values (pgqueue.waiting_seat_locks()), (pgqueue.lingering_locks())) c (classid)
-  ) w
-  join pg_locks l on l.classid = w.classid::oid and l.objid = w.key::oid
+  select l.classid::int, l.objid::int, l.mode = 'ShareLock'
+  from pg_locks l
   where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2 and l.granted
-    and l.mode = case when w.is_shared then 'ShareLock' else 'ExclusiveLock' end;
+    and case l.classid::int
+      when pgqueue.waiting_locks() then
+        l.mode = 'ShareLock' and l.objid::int = waiting_locks_held.subscription_id
+      when pgqueue.waiting_seat_locks() then
+        l.mode = 'ExclusiveLock' and l.objid::int
+          between pgqueue.seat_key(waiting_locks_held.subscription_id, 0)
+          and pgqueue.seat_key(waiting_locks_held.subscription_id, pgqueue.seats() - 1)
+      when pgqueue.lingering_locks() then
+        l.mode = 'ExclusiveLock' and l.objid::int
+          between pgqueue.lingering_key(waiting_locks_held.subscription_id, 0, 0)
+          and pgqueue.lingering_key(waiting_locks_held.subscription_id, -1, pgqueue.lingerers() - 1)
+    end;
 end $$;
 
 -- Ends waiting and lingering. Whether somebody in flight may have found the session
@@ -106,14 +111,17 @@ begin
     perform pg_advisory_unlock(pgqueue.lingering_locks(), v_place::int);
   elsif v_registered not like 'no %' then
     perform pg_advisory_unlock_shared(pgqueue.waiting_locks(), subscription_id);
-    if v_place <> '-' then
+    if v_place not in ('-', 'found') then
       perform pg_advisory_unlock(
         pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_place::int)
       );
     end if;
   end if;
   v_found := pgqueue.someone_wakes(subscription_id);
-  v_registered := pgqueue.set_not_waiting(subscription_id, v_found);
+  -- who found one without a seat notified everybody
+  v_registered := pgqueue.set_not_waiting(
+    subscription_id, v_found and (v_is_current is not true or v_place <> '-')
+  );
   return v_found;
 end $$;
 
@@ -165,8 +173,9 @@ begin
 end $$;
 
 -- Registers the session as waiting. NULL if somebody holds the lock for another
--- purpose, behind whom we are not to wait.
-create function pgqueue.start_waiting(subscription_id int) returns text
+-- purpose, behind whom we are not to wait. may_be_found: by somebody in flight, who then
+-- woke no other.
+create function pgqueue.start_waiting(subscription_id int, may_be_found boolean) returns text
 language plpgsql
 as $$
 declare
@@ -176,17 +185,31 @@ declare
   v_registered text;
 begin
   perform set_config('pgqueue.waited', '', false);
+  perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
+  -- The seat first: of one that waits without a seat all are notified. Again, for somebody
+  -- may just look; and after a pause, for that one may have lost its CPU.
+  for try in 1..5 loop
+    exit when v_seat = '-' or pg_try_advisory_lock(
+      pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
+    );
+    if try = 5 then
+      v_seat := '-';
+    elsif try > 1 then
+      perform pgqueue.let_others_run();
+    end if;
+  end loop;
   if not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), subscription_id)
     and not pg_try_advisory_lock_shared(pgqueue.waiting_locks(), subscription_id)
   then
+    if v_seat <> '-' then
+      perform pg_advisory_unlock(
+        pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int)
+      );
+    end if;
     return null;
   end if;
-  -- again, for somebody may just look
-  if v_seat <> '-'
-    and not pg_try_advisory_lock(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int))
-    and not pg_try_advisory_lock(pgqueue.waiting_seat_locks(), pgqueue.seat_key(subscription_id, v_seat::int))
-  then
-    v_seat := '-';
+  if v_seat = '-' and may_be_found then
+    v_seat := 'found';
   end if;
   v_registered := format(
     'waits - %s %s %s %s', v_awakening, v_seat, extract(epoch from clock_timestamp()),
@@ -202,7 +225,7 @@ language plpgsql
 as $$
 begin
   if pgqueue.never_waited() or registered like 'no %' and pgqueue.is_current(registered) then
-    return pgqueue.start_waiting(subscription_id);
+    return pgqueue.start_waiting(subscription_id, registered like 'no found %');
   end if;
   if pgqueue.is_current(registered) and exists (
     select from pgqueue.waiting_locks_held(subscription_id) h where h.is_shared
@@ -210,6 +233,5 @@ begin
     return array_to_string((string_to_array(registered, ' '))[:6], ' ');
   end if;
   perform set_config(pgqueue.waiting_setting(subscription_id), 'unknown', false);
-  perform pgqueue.stop_waiting(subscription_id);
-  return pgqueue.start_waiting(subscription_id);
+  return pgqueue.start_waiting(subscription_id, pgqueue.stop_waiting(subscription_id));
 end $$;

@@ -145,6 +145,7 @@ declare
   v_claim pgqueue.claim;
   v_receipt bigint;
   v_registered text;
+  v_may_be_found boolean;
   v_found boolean;
   v_first bigint;
   v_last bigint;
@@ -166,8 +167,10 @@ begin
   end if;
   if not pgqueue.never_waited() then
     v_registered := current_setting(pgqueue.waiting_setting(v_subscription.subscription_id), true);
-    -- a rollback brings the setting back, not the locks
-    if (v_registered like 'no - %' and pgqueue.is_current(v_registered)) is false then
+    -- a rollback brings the setting back, not the locks, nor what others count on
+    v_may_be_found := v_registered is not null and pgqueue.is_current(v_registered) is not true
+      or v_registered like 'no found %' or split_part(v_registered, ' ', 4) not in ('', '-');
+    if v_may_be_found or v_registered not like 'no %' then
       v_found := pgqueue.stop_waiting(v_subscription.subscription_id);
     end if;
   end if;
@@ -189,7 +192,7 @@ begin
     if v_found then
       perform pgqueue.wake_next(v_subscription.subscription_id, true);
       v_registered := pgqueue.set_not_waiting(v_subscription.subscription_id, false);
-    elsif split_part(v_registered, ' ', 4) not in ('', '-')
+    elsif v_may_be_found
       -- mostly it took all there is, and the last that was published
       and (v_subscription.ordering = 'none' and v_claim.retry_tids is null
         and cardinality(v_claim.message_ids) < max_messages

@@ -89,6 +89,24 @@ def test_message_of_a_publisher_that_relied_on_one_who_then_took_another_wakes_o
     assert payloads(receive(waiter, "s")) == [1]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_was_relied_on_and_found_nothing_yet_wakes_another_if_there_is_more(
+    database: Database, connection: Connection, waits: bool
+) -> None:
+    """Though it has no seat, of whom nobody expects it."""
+    (waiter,) = seated(database, 1)
+    slow = database.connect()
+    lingerer = lingering(database)
+    publish(slow, 2)
+    assert receive(lingerer, "s") == []
+    if waits:
+        assert await_seconds(lingerer) < 1  # a publisher is in flight
+    slow.commit()
+    assert heard([waiter]) == []
+    assert payloads(receive(lingerer, "s")) == [1]
+    assert heard([waiter]) == [waiter]
+
+
 def test_who_lingered_and_then_waits_looks_until_those_in_flight_have_gone(
     database: Database, connection: Connection
 ) -> None:
@@ -127,9 +145,12 @@ def test_who_is_stuck_lingering_is_not_relied_on_for_long(
 ) -> None:
     (waiter,) = seated(database, 1)
     lingering(database)
-    time.sleep(0.5)
-    publish(connection)
-    assert heard([waiter]) == [waiter]
+    for _ in range(10):
+        time.sleep(0.5)
+        publish(connection)
+        assert heard([waiter]) == [waiter]
+        assert len(receive(waiter, "s")) == 1
+        await_seconds(waiter)
 
 
 def test_no_longer_than_a_tenth_of_a_second(database: Database, connection: Connection) -> None:
@@ -172,6 +193,27 @@ def test_a_rollback_leaves_no_promise_behind(database: Database, connection: Con
         assert linger(lingerer) == LINGER_SECONDS
     assert receive(lingerer, "s") == []
     publish(connection)
+    assert heard([waiter]) == [waiter]
+
+
+@pytest.mark.parametrize("commits_before", [False, True])
+def test_a_rollback_does_not_forget_what_others_count_on(
+    database: Database, connection: Connection, commits_before: bool
+) -> None:
+    (waiter,) = seated(database, 1)
+    slow = database.connect()
+    consumer = database.connect(autocommit=True)
+    await_seconds(consumer)
+    with consumer.transaction(force_rollback=True):
+        receive(consumer, "s")
+        assert linger(consumer) == LINGER_SECONDS
+        publish(slow, 2)
+    if commits_before:
+        slow.commit()
+    assert len(receive(consumer, "s")) == (1 if commits_before else 0)
+    if not commits_before:
+        slow.commit()
+        assert payloads(receive(consumer, "s")) == [1]
     assert heard([waiter]) == [waiter]
 
 

@@ -41,6 +41,32 @@ def seated(database: Database, count: int, subscription: str = "s") -> list[Conn
     return consumers
 
 
+def listener(database: Database) -> Connection:
+    """A session that hears what everybody is notified of."""
+    session = database.connect(autocommit=True)
+    session.execute(f"listen {one(session, 'select pgqueue.channel(%s)', 's')}")
+    return session
+
+
+def looks_at_seats(database: Database, seats: str) -> Connection:
+    """A session that looks at these seats, to the end of its transaction."""
+    looker = database.connect()
+    looker.execute(
+        "select pg_advisory_xact_lock_shared(pgqueue.waiting_seat_locks(),"
+        " pgqueue.seat_key(subscription_id, seat))"
+        f" from pgqueue.subscriptions, generate_series({seats}) seat"
+    )
+    return looker
+
+
+def ends_when_others_run(connection: Connection, session: Connection) -> None:
+    """Let a session lose its CPU until somebody pauses for it."""
+    connection.execute(
+        "create or replace function pgqueue.let_others_run() returns void language sql"
+        f" as 'select pg_terminate_backend({session.info.backend_pid}, 30000)'"
+    )
+
+
 def heard(consumers: Sequence[Connection]) -> list[Connection]:
     """Those that were notified up to now."""
     return [
@@ -135,8 +161,7 @@ def test_consumer_at_work_is_not_notified(database: Database, connection: Connec
 def test_who_waits_without_a_seat_hears_of_it_when_none_waits_in_one(
     database: Database, connection: Connection
 ) -> None:
-    standing = database.connect(autocommit=True)
-    standing.execute(f"listen {one(standing, 'select pgqueue.channel(%s)', 's')}")
+    standing = listener(database)
     assert await_seconds(standing) > 0
     (sitting,) = seated(database, 1)
     publish(connection)
@@ -167,15 +192,12 @@ def test_publishers_that_look_at_once_do_not_take_each_other_for_waiters(
     database: Database, connection: Connection
 ) -> None:
     (sitting,) = seated(database, 1)
-    looker = database.connect()
-    looker.execute(
-        "select pg_advisory_xact_lock_shared(pgqueue.waiting_seat_locks(),"
-        " pgqueue.seat_key(subscription_id, seat))"
-        " from pgqueue.subscriptions, generate_series(1, pgqueue.seats() - 1) seat"
-    )
+    standing = listener(database)
+    looker = looks_at_seats(database, "1, pgqueue.seats() - 1")
     for _ in range(3):
         publish(connection)
-    assert heard([sitting]) == [sitting]
+    looker.commit()
+    assert heard([sitting, standing]) == [sitting]
 
 
 def test_one_is_woken_though_a_consumer_loses_its_cpu_while_it_looks_who_wakes(
@@ -187,13 +209,32 @@ def test_one_is_woken_though_a_consumer_loses_its_cpu_while_it_looks_who_wakes(
         "select pg_advisory_lock(pgqueue.waking_locks(), pgqueue.waking_key(subscription_id))"
         " from pgqueue.subscriptions"
     )
-    # it lets go of the lock as soon as others let it run
-    connection.execute(
-        "create or replace function pgqueue.let_others_run() returns void language sql"
-        f" as 'select pg_terminate_backend({looker.info.backend_pid}, 30000)'"
-    )
+    ends_when_others_run(connection, looker)
     publish(connection)
     assert len(heard(consumers)) == 1
+
+
+def test_consumer_waits_in_its_seat_though_a_publisher_loses_its_cpu_while_it_looks_at_it(
+    database: Database, connection: Connection
+) -> None:
+    looker = looks_at_seats(database, "0, 0")
+    ends_when_others_run(connection, looker)
+    (sitting,) = seated(database, 1)
+    standing = listener(database)
+    publish(connection)
+    assert heard([sitting, standing]) == [sitting]
+
+
+def test_nobody_is_notified_when_the_last_who_waited_has_stopped_meanwhile(
+    database: Database, connection: Connection
+) -> None:
+    standing = listener(database)
+    call = "select pgqueue.notify(subscription_id, false) from pgqueue.subscriptions"
+    connection.execute(call)
+    assert heard([standing]) == []
+    await_seconds(standing)
+    connection.execute(call)
+    assert heard([standing]) == [standing]
 
 
 def test_released_messages_wake_one_after_the_other(
@@ -214,7 +255,10 @@ def test_released_messages_wake_one_after_the_other(
 def test_stuck_consumer_in_the_first_of_adjacent_seats_is_not_always_the_one(
     database: Database, connection: Connection
 ) -> None:
-    _stuck, *others = seated(database, 3)
+    consumers = seated(database, 3)
+    publish(connection)
+    (stuck,) = heard(consumers)
+    others = [consumer for consumer in consumers if consumer is not stuck]
 
     def another_is_woken() -> bool:
         publish(connection)
@@ -239,8 +283,9 @@ def test_consumer_that_is_stopped_while_others_of_it_work_leaves_its_seat(
         future = pool.submit(lambda: subscription.consume(handle, concurrency=2, poll=LONG_POLL))
         assert working.wait(PATIENCE_SECONDS)
         wait_until(lambda: consumer_sleeps(queue.connection), "the other slot to wait")
-        subscription.stop()
         waiting = "select count(*) from pg_locks where classid = pgqueue.waiting_seat_locks()::oid"
+        assert one(queue.connection, waiting) == 1
+        subscription.stop()
         wait_until(lambda: one(queue.connection, waiting) == 0, "the seat to be left")
         assert not future.done()
         finish.set()
