@@ -184,6 +184,8 @@ create table pgqueue.tending (
   delivered boolean not null
 );
 create index tending_lane on pgqueue.tending (subscription_id, lane);
+-- A publication of all tables lets nobody delete from a table without a key.
+alter table pgqueue.tending replica identity full;
 
 -- What has a key_hash is the queue of a held key: only its first message is
 -- handed out, once due; those behind it have due_at infinity.
@@ -230,6 +232,7 @@ create table pgqueue.expired (
   subscription_id int not null,
   messages bigint not null
 );
+alter table pgqueue.expired replica identity full;
 
 -- Which message a dedup_key stands for, until the window ends.
 create table pgqueue.published_keys (

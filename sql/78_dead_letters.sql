@@ -95,7 +95,7 @@ begin
 end $$;
 
 comment on function pgqueue.redrive(text, bigint[], interval, int) is
-  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids, times and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place, unless older_than or max_messages is given. max_backlog does not hinder it. Returns how many.';
+  'Delivers dead letters again: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages. They come as new messages, with ids, times and attempts of their own, in their old order and behind what was published before. Messages that block (on_exhausted) are tried again in their place, unless older_than or max_messages is given. max_backlog does not hinder it. What blocks and is locked by another transaction stays. Returns how many.';
 
 -- Lets messages that block be tried again: their attempts count from 0.
 create function pgqueue.unblock(s pgqueue.subscriptions, message_ids bigint[]) returns int
@@ -114,9 +114,14 @@ begin
     returning d.message_id
   ), in_queue as (
     update pgqueue.retries r set attempts = 0, due_at = clock_timestamp()
-    where r.subscription_id = s.subscription_id and r.attempts >= s.max_attempts
-      and (r.key_hash is null or r.key_hash = any (v_keys))
-      and (unblock.message_ids is null or r.message_id = any (unblock.message_ids))
+    -- not to wait, while all lanes are locked, for one who expires a message without a key
+    where r.ctid = any (array(
+      select q.ctid from pgqueue.retries q
+      where q.subscription_id = s.subscription_id and q.attempts >= s.max_attempts
+        and (q.key_hash is null or q.key_hash = any (v_keys))
+        and (unblock.message_ids is null or q.message_id = any (unblock.message_ids))
+      for update skip locked
+    ))
     returning r.message_id
   )
   select array_agg(u.message_id) into v_unblocked from (
@@ -163,10 +168,14 @@ begin
       returning d.message_id
     ), in_queue as (
       delete from pgqueue.retries r
-      where r.subscription_id = v_subscription.subscription_id
-        and r.attempts >= v_subscription.max_attempts
-        and (r.key_hash is null or r.key_hash = any (v_keys))
-        and r.message_id = any (discard.message_ids)
+      where r.ctid = any (array(
+        select q.ctid from pgqueue.retries q
+        where q.subscription_id = v_subscription.subscription_id
+          and q.attempts >= v_subscription.max_attempts
+          and (q.key_hash is null or q.key_hash = any (v_keys))
+          and q.message_id = any (discard.message_ids)
+        for update skip locked
+      ))
       returning r.message_id
     )
     select array_agg(b.message_id) into v_blocked from (
@@ -180,4 +189,4 @@ begin
 end $$;
 
 comment on function pgqueue.discard(text, bigint[], interval, int) is
-  'Drops dead letters: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages; and messages that block (on_exhausted), if named by message_ids. Returns how many.';
+  'Drops dead letters: all of the subscription, or those with message_ids, dead for at least older_than, the oldest max_messages; and messages that block (on_exhausted), if named by message_ids. What blocks and is locked by another transaction stays. Returns how many.';

@@ -68,6 +68,8 @@ begin
   if lane > 0 then
     perform pgqueue.tend_retries(subscription_id, interval '1 s');
     perform pgqueue.release_idle_keys(subscription_id, lane);
+  else
+    perform pgqueue.release_forgotten_keys(v_lane);
   end if;
 
   v_new_run := v_low >> 16 > v_lane.low >> 16;
@@ -128,6 +130,19 @@ begin
       due_tended_at = clock_timestamp(),
       era = pgqueue.next_era(l.era)
     where l.subscription_id = v_lane.subscription_id and l.lane = 0 and l.era = v_lane.era;
+    perform pgqueue.release_forgotten_keys(v_lane);
+  end if;
+end $$;
+
+-- Keys that are held without need in lanes from which nobody takes, while another keeps
+-- the consumers busy. l: lane 0 as it was; at the first look of ten seconds.
+create function pgqueue.release_forgotten_keys(l pgqueue.lanes) returns void
+language plpgsql
+as $$
+begin
+  if l.due_tended_at < date_bin('10 s', clock_timestamp(), 'epoch'::timestamptz) then
+    perform pgqueue.release_idle_keys(s.subscription_id) from pgqueue.subscriptions s
+    where s.subscription_id = l.subscription_id and s.ordering = 'key';
   end if;
 end $$;
 

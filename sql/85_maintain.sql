@@ -61,16 +61,31 @@ begin
       return 0;
     end if;
     execute format('lock table %s in access exclusive mode', v_table);
-  exception when lock_not_available or deadlock_detected then
+    -- only what is decided under the lock counts
+    if pgqueue.leaf_is_needed(leaf) or pgqueue.is_being_dumped() then
+      return 0;
+    end if;
+    v_bytes := pg_total_relation_size(v_table::regclass);
+    execute format('truncate %s', v_table);
+  exception when lock_not_available or deadlock_detected or object_in_use then
+    -- or VACUUM has its TOAST table, or the session a cursor on it
     return 0;
   end;
-  -- only what is decided under the lock counts
-  if pgqueue.leaf_is_needed(leaf) then
-    return 0;
-  end if;
-  v_bytes := pg_total_relation_size(v_table::regclass);
-  execute format('truncate %s', v_table);
   return v_bytes - pg_total_relation_size(v_table::regclass);
+end $$;
+
+-- pg_dump locks no table of an extension until it copies it, and what was truncated
+-- since its snapshot it finds empty. To be asked last: one that connects later sees
+-- nothing that is not there any more.
+create function pgqueue.is_being_dumped() returns boolean
+language plpgsql
+as $$
+begin
+  perform pg_stat_clear_snapshot();
+  return exists (
+    select from pg_stat_activity a
+    where a.datname = current_database() and a.application_name = 'pg_dump'
+  );
 end $$;
 
 -- Truncates the deliveries if there are none. VACUUM gives no page of an index
@@ -92,12 +107,12 @@ begin
     else
       lock table pgqueue.deliveries in access exclusive mode;
     end if;
-  exception when lock_not_available or deadlock_detected then
-    return;
+    if not pgqueue.anything_waits() and not pgqueue.is_being_dumped() then
+      truncate pgqueue.deliveries;
+    end if;
+  exception when lock_not_available or deadlock_detected or object_in_use then
+    null;
   end;
-  if not pgqueue.anything_waits() then
-    truncate pgqueue.deliveries;
-  end if;
 end $$;
 
 -- Nothing waits below low. In statements of their own, to see the newest commits.
@@ -129,7 +144,8 @@ declare
   v_bytes bigint := pg_total_relation_size('pgqueue.deliveries');
 begin
   perform pgqueue.require_read_committed('maintain');
-  if not pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0) then
+  -- none drawn: a restore, which sets the sequences last, may have loaded a part
+  if pgqueue.last_id() = 0 or not pg_try_advisory_xact_lock(pgqueue.maintenance_locks(), 0) then
     return;
   end if;
   for v_lane in

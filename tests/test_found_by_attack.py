@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.calls import (
@@ -19,6 +20,7 @@ from tests.calls import (
 )
 from tests.helpers import Connection, expire_leases, one, payloads, receive, subscribe
 from tests.servers import Database
+from tests.test_order import always_tend
 
 pytestmark = pytest.mark.one_backend
 
@@ -184,3 +186,85 @@ def test_maintain_skips_a_leaf_that_somebody_has_locked(database: Database) -> N
     assert one(connection, "select count(*) from pgqueue.messages_0") == 1
     connection.execute("select pgqueue.maintain()")
     assert one(connection, "select count(*) from pgqueue.messages_0") == 0
+
+
+def test_key_that_is_held_without_need_does_not_starve_while_others_keep_consumers_busy(
+    database: Database,
+) -> None:
+    """release_key does nothing for an ack that cannot see all of the queue."""
+    connection, acking = open_queue(database, "key", lanes=1), database.connect()
+    always_tend(connection)
+    put(connection, 1, "k")
+    requeue(connection, receive(connection, "s"))
+    (message,) = receive(connection, "s")
+    put(connection, 2, "k")
+    assert receive(connection, "s") == []  # the second one is moved behind the first
+    acking.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    acking.execute("select pgqueue.ack(%s)", [message.receipt])
+    acking.commit()
+    for payload in range(10, 80):
+        put(connection, payload)
+    got = []
+    for _ in range(60):
+        connection.execute(
+            "update pgqueue.lanes set tended_at = '-infinity', due_tended_at = '-infinity'"
+        )
+        messages = receive(connection, "s")
+        ack(connection, messages)
+        got += payloads(messages)
+    assert 2 in got
+
+
+@pytest.mark.parametrize("call", ["redrive('s')", "discard('s', array[%s::bigint])"])
+def test_redrive_and_discard_do_not_wait_while_they_keep_all_lanes_locked(
+    database: Database, call: str
+) -> None:
+    connection = open_queue(
+        database, "key", lanes=1, max_attempts=1, on_exhausted="block", max_age="1 hour"
+    )
+    put(connection, 1)
+    requeue(connection, receive(connection, "s"))
+    (message_id,) = one(connection, "select array_agg(message_id) from pgqueue.retries")
+    expiring = database.connect()
+    expiring.execute("select from pgqueue.retries for update")
+    connection.execute("set statement_timeout = '5 s'")
+    arguments = [message_id] if "%s" in call else []
+    assert one(connection, f"select pgqueue.{call}", *arguments) == 0
+    expiring.rollback()
+    assert one(connection, f"select pgqueue.{call}", *arguments) == 1
+
+
+def test_publication_of_all_tables_hinders_nobody(database: Database) -> None:
+    connection = open_queue(
+        database, "key", lanes=1, max_attempts=2, max_age="1 hour", on_expired="discard"
+    )
+    connection.execute("create publication everything for all tables")
+    always_tend(connection)
+    for payload in (1, 2, 3):
+        put(connection, payload, "k")
+    requeue(connection, receive(connection, "s"))
+    assert receive_all(connection) == [1, 2, 3]
+    put(connection, 4)
+    connection.execute("update pgqueue.deliveries set expires_at = clock_timestamp()")
+    assert receive_all(connection) == []
+    connection.execute("update pgqueue.lanes set tended_at = '-infinity'")
+    await_seconds(connection)
+    connection.execute("select pgqueue.maintain()")
+    put(connection, 5, "k")
+    connection.execute("select pgqueue.unsubscribe('s')")
+    connection.execute("select pgqueue.maintain()")
+
+
+def test_a_restore_is_not_swept(database: Database) -> None:
+    """pg_dump loads the subscriptions after their deliveries, and the sequences last."""
+    connection = open_queue(database, "none")
+    put(connection, 1)
+    connection.execute(
+        "create temp table subscriptions as select * from pgqueue.subscriptions;"
+        " delete from pgqueue.subscriptions;"
+        " alter sequence pgqueue.message_ids restart"
+    )
+    connection.execute("select pgqueue.maintain()")
+    connection.execute("insert into pgqueue.subscriptions select * from pg_temp.subscriptions")
+    connection.execute("select setval('pgqueue.message_ids', 1)")
+    assert receive_all(connection) == [1]

@@ -207,6 +207,7 @@ def test_the_queue_of_each_held_key_is_looked_up(plans: Plans, database: Databas
         # the statistics say that it is empty, and indexes cost the same
         connection.execute(PAST["retries"])
         time.sleep(MARGIN_SECONDS)
+        publish(connection, topic="unread")  # maintain keeps off what is being restored
         connection.execute("select pgqueue.maintain()")
         connection.execute("vacuum analyze")
 
@@ -262,6 +263,7 @@ def test_dead_rows_are_not_read(plans: Plans, database: Database, table: str) ->
         )
         connection.execute(f"delete from pgqueue.{table}")
         time.sleep(MARGIN_SECONDS)
+        publish(connection, topic="unread")  # maintain keeps off what is being restored
         connection.execute("select pgqueue.maintain()")
         assert blocks_of(table, plans) < FEW_BLOCKS
         connection.execute("vacuum analyze")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from .helpers import (
@@ -223,6 +224,41 @@ def test_decides_only_with_the_lock_on_the_leaf(database: Database, admin: Conne
     calls: list[Callable[[], object]] = [lambda: maintain(maintainer), commit_in_between]
     together(calls)
     assert ids_received(admin, "s") == ids
+
+
+def test_truncates_nothing_under_pg_dump(database: Database, admin: Connection) -> None:
+    """It would find empty what it has not locked yet."""
+    subscribe(admin, "s")
+    publish(admin)
+    admin.execute("select pgqueue.receive('s', lease => '1 hour')")
+    admin.execute("alter table pgqueue.deliveries set (autovacuum_enabled = off)")
+    admin.execute(
+        "insert into pgqueue.deliveries (subscription_id, lane, message_id)"
+        " select 1, 0, i from generate_series(1000001, 1150000) i;"
+        " delete from pgqueue.deliveries"
+    )
+    move_on(admin)
+    publish(admin, topic="unread")
+    size = one(admin, "select pg_relation_size('pgqueue.deliveries')")
+    with psycopg.connect(database.dsn, application_name="pg_dump", autocommit=True) as dump:
+        assert not [task for task, _ in maintain(admin) if task.startswith("bytes freed")]
+        assert one(admin, "select pg_relation_size('pgqueue.deliveries')") == size > 0
+        dump.execute("set application_name = 'done'")
+    freed = maintain(admin)
+    assert freed["bytes freed of deliveries", "pgqueue.deliveries"] >= size
+
+
+def test_does_not_wait_for_somebody_at_the_leafs_toast_table(
+    admin: Connection, other: Connection
+) -> None:
+    publish(admin)
+    move_on(admin)
+    toast = one(admin, "select reltoastrelid::regclass from pg_class where relname = 'messages_0'")
+    other.execute(f"select count(*) from {toast}")
+    admin.execute("set statement_timeout = '20 s'")
+    assert not [subject for task, subject in maintain(admin) if subject == "pgqueue.messages_0"]
+    other.commit()
+    assert maintain(admin)[FREED, "pgqueue.messages_0"] > 0
 
 
 def test_does_not_wait_for_a_reader(admin: Connection, other: Connection) -> None:
