@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
 
 from pgqueue_sql import Ack, Message, Requeued, Subscription
+from pgqueue_sql._sync import acks, session
 from tests.consuming import (
     LONG_POLL,
     WatchedSource,
@@ -274,3 +276,31 @@ def test_stop_on_requeue_raises_the_handlers_own_exception(database: Database) -
     assert raised.value is error
     assert reported == []
     assert pending(queue.connection) == [(1, 1)]
+
+
+@pytest.mark.one_backend
+def test_ack_waits_for_the_transaction_in_which_the_next_message_is_handled(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = session.SETTINGS.replace("lock_timeout = '5s'", "lock_timeout = '0.2s'")
+    assert settings != session.SETTINGS
+    monkeypatch.setattr(session, "SETTINGS", settings)
+    monkeypatch.setattr(acks, "GROUP_SECONDS", 0.2)
+    queue = open_queue(database)
+    subscription = queue.subscribe("s", "t")
+    queue.publish_batch("t", [1, 2, 3])
+    own = database.connect()
+    got = []
+
+    def handle(message: Message[int]) -> None:
+        got.append(message.payload)
+        if message.payload == 2:
+            message.ok(own)
+            time.sleep(1)
+            own.commit()
+        elif message.payload == 3:
+            subscription.stop()
+
+    subscription.consume(handle, prefetch=3)
+    assert got == [1, 2, 3]
+    assert nothing_left(queue.connection)

@@ -13,7 +13,7 @@ import pytest
 from pgqueue_sql import Message
 from pgqueue_sql._sync.runtime import Waker
 from pgqueue_sql._sync.session import Session
-from tests.consuming import LONG_POLL, consuming, nothing_left, open_queue, wait_until
+from tests.consuming import LONG_POLL, consuming, nothing_left, open_queue, pending, wait_until
 from tests.helpers import PATIENCE_SECONDS
 from tests.servers import Database
 
@@ -188,3 +188,27 @@ def test_libpq_is_not_asked_for_notifications_while_another_thread_uses_it(
         assert not sleeping.result(PATIENCE_SECONDS)
     session.close()
     waker.close()
+
+
+def test_thread_that_cannot_be_started_is_an_error(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(database)
+    subscription = queue.subscribe("s", "t")
+    queue.publish("t", 1)
+    start = threading.Thread.start
+
+    def start_some(thread: threading.Thread) -> None:
+        if thread.name == "pgqueue handler":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with ThreadPoolExecutor(1) as pool:
+        consuming = pool.submit(lambda: subscription.consume(lambda message: None, concurrency=2))
+        try:
+            with pytest.raises(RuntimeError, match="new thread"):
+                consuming.result(PATIENCE_SECONDS)
+        finally:
+            subscription.stop()
+    assert pending(queue.connection) == [(1, 0)]

@@ -23,7 +23,7 @@ from tests.consuming import (
     steal,
     wait_until,
 )
-from tests.helpers import PATIENCE_SECONDS, Connection, column
+from tests.helpers import PATIENCE_SECONDS, Connection, column, payloads, receive
 from tests.servers import SETTINGS, Database
 
 pytestmark = pytest.mark.one_backend
@@ -165,6 +165,31 @@ def test_lease_that_is_gone_after_a_lost_connection_is_logged_not_raised(
         queue.publish("t", 2)
         wait_until(lambda: 2 in got, "the next message")
     assert got.count(1) == 1
+
+
+def test_what_was_fetched_by_a_lost_connection_is_left_to_others(database: Database) -> None:
+    queue = open_queue(database)
+    queue.subscribe("s", "t")
+    queue.publish_batch("t", [1, 2, 3])
+    wire = Wire(database)
+    subscription = Subscription("s", wire.connect)
+    got: list[int] = []
+    taken: list[int] = []
+
+    def handle(message: Message[int]) -> None:
+        got.append(message.payload)
+        if message.payload == 1:
+            wire.cut()
+            message.ok()  # by another connection
+            while len(taken) < 2:
+                taken.extend(payloads(receive(queue.connection, "s", 5)))
+            queue.publish("t", 4)
+        else:
+            subscription.stop()
+
+    subscription.consume(handle, prefetch=3)
+    assert sorted(taken) == [2, 3]
+    assert got == [1, 4]
 
 
 class Cut(psycopg.Connection[Any]):

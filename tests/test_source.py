@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+import psycopg
 import pytest
 
 from pgqueue_sql import (
@@ -235,3 +237,33 @@ def test_a_source_is_closed_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="listen"):
         Subscription.from_source(source).consume(lambda message: None)
     assert source.calls == ["subscribe", "close"]
+
+
+def test_lease_that_could_not_be_extended_is_extended_before_the_next_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Busy(MemorySource):
+        lease = 0.3
+        handling = False
+
+        def extend(self, messages: Sequence[Message[Any]]) -> None:
+            self.calls.append("extend")
+            if self.handling:
+                raise psycopg.errors.LockNotAvailable
+
+    source = Busy(1, 2)
+    subscription = Subscription.from_source(source)
+
+    def handle(message: Message[int]) -> None:
+        source.handling = message.payload == 1
+        source.calls.append(f"handle {message.payload}")
+        if message.payload == 1:
+            time.sleep(0.5)
+            source.calls.append("handled")
+            source.handling = False
+        else:
+            subscription.stop()
+
+    subscription.consume(handle, prefetch=2)
+    assert "could not extend" not in caplog.text
+    assert "extend" in source.calls[source.calls.index("handled") : source.calls.index("handle 2")]

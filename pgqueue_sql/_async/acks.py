@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
+
 from .message import AsyncMessage
 from .runtime import Lock, Timer
 from .source import AsyncSource
@@ -34,6 +36,7 @@ class AsyncAcks:
         # held by who sends: a whole receipt must not be acked while a part of it is
         self._sending = Lock()
         self._timer = Timer(GROUP_SECONDS, self._send_when_due)
+        self._stopped = False
 
     def add(self, messages: Messages) -> None:
         """Ack these messages of one receipt soon."""
@@ -68,21 +71,37 @@ class AsyncAcks:
                 raise
 
     async def send(self) -> None:
-        """Send all of them now."""
+        """Send all of them now.
+
+        Where the open transaction of a handler has acked others of the same receipt, the timer
+        tries again; after `stop` that raises LockNotAvailable.
+        """
+        locked: list[tuple[int, Messages]] = []
         async with self._sending:
             self._collect()
-            while self._groups:
-                _, messages = self._groups.popitem()
-                try:
-                    await self._source.ack(messages)
-                except BaseException:
-                    for message in messages:
-                        message.settled = False
-                    raise
-                self._collect()
+            try:
+                while self._groups:
+                    receipt, messages = self._groups.popitem()
+                    try:
+                        await self._source.ack(messages)
+                    except psycopg.errors.LockNotAvailable:
+                        locked.append((receipt, messages))
+                        if self._stopped:
+                            raise
+                    except BaseException:
+                        for message in messages:
+                            message.settled = False
+                        raise
+                    self._collect()
+            finally:
+                for receipt, messages in locked:
+                    self._groups.setdefault(receipt, []).extend(messages)
+        if locked:
+            self._timer.start()
 
     async def stop(self) -> None:
         """Send what the timer would."""
+        self._stopped = True
         await self._timer.stop()
 
     async def _send_when_due(self) -> None:

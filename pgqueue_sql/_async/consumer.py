@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+import psycopg
+
 from .._ack import Ack
 from .._pace import Pace
 from .._unwrap import unwrap
@@ -139,7 +141,11 @@ class AsyncConsumer(Generic[T]):
                 receipt = messages[0].receipt
                 if messages[0].lease_lost or time.monotonic() > self._kept_until[receipt]:
                     await self.shield.run(self._make_sure, messages)
-                if self._stopping or not await self._deliver(messages[start : start + size]):
+                if (
+                    self._stopping
+                    or self._is_gone(messages)
+                    or not await self._deliver(messages[start : start + size])
+                ):
                     await self.shield.run(self._release, messages)
                     break
             if self._concurrency > 1:
@@ -267,8 +273,20 @@ class AsyncConsumer(Generic[T]):
 
     async def _extend(self, messages: Messages) -> None:
         asked = time.monotonic()
-        await self._source.extend(messages)
+        try:
+            await self._source.extend(messages)
+        except psycopg.errors.LockNotAvailable:
+            return  # nobody takes it over while a handler's transaction that acks some is open
+        except LeaseLost:
+            if self._is_gone(messages):
+                return
+            raise
         self._kept_until[messages[0].receipt] = asked + self._source.lease
+
+    def _is_gone(self, messages: Messages) -> bool:
+        """Whether the lease went with a connection: what was not begun is left to others."""
+        is_gone = getattr(self._source, "is_gone", None)
+        return is_gone is not None and is_gone(messages)
 
     async def _extend_leases(self) -> None:
         """Keep what is at hand, and tell the handler of what could not be kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -113,7 +114,14 @@ class HandlerCall:
     async def result(self, answer: HandlerResult) -> Ack | None:
         """What the handler returns. Cancelled, if it was interrupted before that."""
         self._task = asyncio.ensure_future(answer)
-        return await self._task
+        try:
+            return await self._task
+        except asyncio.CancelledError as error:
+            consumer = asyncio.current_task()
+            # Python 3.10 cannot tell
+            if self.interrupted or getattr(consumer, "cancelling", lambda: 1)() > 0:
+                raise
+            raise RuntimeError("the handler was cancelled, and not by its consumer") from error
 
     def interrupt(self) -> None:
         """Cancel the handler."""
@@ -234,6 +242,8 @@ def stop_on_signals(enabled: bool, stop: Callable[[], None], shield: Shield) -> 
     """Call `stop` at the first SIGINT or SIGTERM; at a second one, cancel the task."""
     loop = asyncio.get_running_loop()
     one = _Consuming(stop)
+    # consumers in the loops of other threads are none of the main thread's
+    enabled = enabled and threading.current_thread() is threading.main_thread()
 
     def on_signal() -> None:
         for each in list(_consuming):
@@ -242,6 +252,8 @@ def stop_on_signals(enabled: bool, stop: Callable[[], None], shield: Shield) -> 
     if enabled and not _consuming:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.getsignal(number)
+            if getattr(previous, "__module__", None) == "asyncio.unix_events":
+                continue  # by loop.add_signal_handler, and could not be put back: the application's
             try:
                 loop.add_signal_handler(number, on_signal)
             except (NotImplementedError, RuntimeError, ValueError):

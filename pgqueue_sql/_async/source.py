@@ -33,7 +33,8 @@ class AsyncSource(AsyncSettler, Protocol):
     `consume` calls `subscribe`, then `listen`, then `fetch_pending` and `wait` by turns, and
     settles through the methods of AsyncSettler; `close` comes last. `lease` is for how many seconds
     messages are the consumer's; it calls `extend` in time, if its handler takes long. `leave`, if
-    there is such a method, it calls when it fetches no more, but handlers may run on.
+    there is such a method, it calls when it fetches no more, but handlers may run on; and
+    `is_gone`, to see whether messages came by a connection with which their lease ended.
     """
 
     lease: float
@@ -228,9 +229,12 @@ class AsyncSQLSource:
         )
 
     async def extend(self, messages: Sequence[AsyncMessage[Any]]) -> None:
-        """Call pgqueue.extend. An ack that waits for its transaction's commit needs none."""
-        with suppress(psycopg.errors.LockNotAvailable):
-            await self._session.execute(*call("extend", messages[0].receipt, seconds(self.lease)))
+        """Call pgqueue.extend. Raises LockNotAvailable if a transaction that acks some is open."""
+        await self._session.execute(*call("extend", messages[0].receipt, seconds(self.lease)))
+
+    def is_gone(self, messages: Sequence[AsyncMessage[Any]]) -> bool:
+        """Whether the connection that they came by is lost, and with it the lease."""
+        return self._session.owner is not None and messages[0].session != self._session.number
 
     async def close(self) -> None:
         """Close the connection."""

@@ -95,7 +95,7 @@ class AsyncSubscription:
         prefetch: messages to take per round trip when they are handled one by one; by default as
             many as the handler lately took 10 ms for, up to 100. Their acks go in groups, at most
             10 ms late. What a consumer that dies has taken comes again, an attempt older.
-        concurrency: calls of the handler at a time: tasks in an AsyncSubscription, else threads.
+        concurrency: calls of the handler at a time: tasks in asyncio, else threads.
         lease: seconds for which the messages are the consumer's; if they are not settled by then,
             another consumer gets them.
         poll: seconds after which to look again if no notification comes. Where 8 or more
@@ -104,7 +104,7 @@ class AsyncSubscription:
         stop_on_requeue: raise as soon as a message is requeued: the handler's exception if it
             raised one, else Requeued.
         handle_signals: let SIGINT and SIGTERM call `stop` and, the second time, cancel; only in the
-            main thread.
+            main thread, and not those that the application handles by loop.add_signal_handler.
 
         Stopping settles the delivery at hand and gives back what was fetched beyond it. Cancelling
         (the task, or by KeyboardInterrupt) does not wait for the handler: its message is pending

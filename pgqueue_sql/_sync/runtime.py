@@ -138,17 +138,21 @@ class Timer:
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self._seconds = seconds
         self._work = work
+        self._starting = threading.Lock()
         self._started = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, unless it is begun."""
-        if not self._started.is_set():
+        if self._started.is_set():
+            return
+        with self._starting:
             self._started.set()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pgqueue timer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="pgqueue timer", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -192,8 +196,8 @@ class Slots:
                     self._changed.notify_all()
 
         with self._changed:
+            threading.Thread(target=run, name="pgqueue handler", daemon=True).start()
             self._running += 1
-        threading.Thread(target=run, name="pgqueue handler", daemon=True).start()
 
     def wait_for_one(self) -> None:
         """Wait until fewer than `limit` run."""
