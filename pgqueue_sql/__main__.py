@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def run_consume(arguments: argparse.Namespace) -> None:
         if arguments.exec is None:
             print(line, flush=True)
         else:
-            subprocess.run(arguments.exec, shell=True, check=True, input=line + "\n", text=True)
+            run_command(arguments.exec, line + "\n")
         if left is not None:
             left -= 1
             if left <= 0:
@@ -169,6 +170,23 @@ def run_consume(arguments: argparse.Namespace) -> None:
             # nobody reads any more: the message is for the next one who does
             stop_on_requeue=arguments.exec is None,
         )
+
+
+def run_command(command: str, line: str) -> None:
+    """Run a shell command with a line on its standard input.
+
+    Ctrl-C is not for it but for us, who let it end; a second one ends it, too.
+    """
+    with subprocess.Popen(
+        command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            process.communicate(line)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def as_json(message: Message[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -72,6 +73,25 @@ sys.exit(message["deliveries"] < 3)'""",
     assert status(database.connect()) == (0, 0, 0)
 
 
+def test_ctrl_c_lets_the_command_end(database: Database) -> None:
+    pgqueue(database, "subscribe", "shell", "lines")
+    pgqueue(database, "publish", "lines", "1")
+    # a shell has what it runs in the background ignore it, and what that starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [sys.executable, "-m", "pgqueue_sql", "consume", "shell", "--exec", "echo begun; sleep 1"],
+        env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(timeout=30) == 0
+    assert status(database.connect()) == (0, 0, 0)
+
+
 def test_a_message_that_nobody_read_stays(database: Database) -> None:
     pgqueue(database, "subscribe", "shell", "lines")
     pgqueue(database, "publish", "lines", *map(str, range(10)))
@@ -103,6 +123,8 @@ def test_status_is_the_view_as_a_table(database: Database) -> None:
 
 
 def test_status_watch_repeats_until_interrupted(database: Database) -> None:
+    # a shell has what it runs in the background ignore it, and what that starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [sys.executable, "-m", "pgqueue_sql", "status", "--watch", "0.05"],
         env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
@@ -112,7 +134,7 @@ def test_status_watch_repeats_until_interrupted(database: Database) -> None:
         assert process.stdout is not None
         heads = [line for line in (process.stdout.readline() for _ in range(4)) if "topic" in line]
         for _ in range(5):  # Python may lose one to a finalizer that it runs in
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
                 break
