@@ -33,6 +33,18 @@ def pgqueue(
     return done
 
 
+def started(database: Database, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    # a shell has what it runs in the background ignore SIGINT, and what that starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pgqueue_sql", *arguments],
+        env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
 def lines(done: subprocess.CompletedProcess[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -76,15 +88,8 @@ sys.exit(message["deliveries"] < 3)'""",
 def test_ctrl_c_lets_the_command_end(database: Database) -> None:
     pgqueue(database, "subscribe", "shell", "lines")
     pgqueue(database, "publish", "lines", "1")
-    # a shell has what it runs in the background ignore it, and what that starts
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(
-        [sys.executable, "-m", "pgqueue_sql", "consume", "shell", "--exec", "echo begun; sleep 1"],
-        env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    command = ["consume", "shell", "--exec", "echo begun; sleep 1"]
+    with started(database, *command, start_new_session=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -95,13 +100,7 @@ def test_ctrl_c_lets_the_command_end(database: Database) -> None:
 def test_a_message_that_nobody_read_stays(database: Database) -> None:
     pgqueue(database, "subscribe", "shell", "lines")
     pgqueue(database, "publish", "lines", *map(str, range(10)))
-    with subprocess.Popen(
-        [sys.executable, "-m", "pgqueue_sql", "consume", "shell"],
-        env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(database, "consume", "shell", stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         read = json.loads(process.stdout.readline())
         process.stdout.close()
@@ -123,14 +122,7 @@ def test_status_is_the_view_as_a_table(database: Database) -> None:
 
 
 def test_status_watch_repeats_until_interrupted(database: Database) -> None:
-    # a shell has what it runs in the background ignore it, and what that starts
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(
-        [sys.executable, "-m", "pgqueue_sql", "status", "--watch", "0.05"],
-        env=os.environ | {"PGQUEUE_DSN": database.dsn, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(database, "status", "--watch", "0.05") as process:
         assert process.stdout is not None
         heads = [line for line in (process.stdout.readline() for _ in range(4)) if "topic" in line]
         for _ in range(5):  # Python may lose one to a finalizer that it runs in

@@ -25,6 +25,7 @@ from tests.consuming import (
 )
 from tests.helpers import PATIENCE_SECONDS
 from tests.servers import Database
+from tests.test_reconnect import Wire
 
 T = TypeVar("T")
 
@@ -259,7 +260,7 @@ def test_cancelled_error_of_the_handlers_own_making_is_not_swallowed(
 
 @pytest.mark.one_backend
 def test_long_handler_outlives_a_lost_connection(database: Database) -> None:
-    observer = database.connect(autocommit=True)
+    wire = Wire(database)
     finished: list[int] = []
 
     def connect() -> Coroutine[Any, Any, AsyncConnection[Any]]:
@@ -274,12 +275,8 @@ def test_long_handler_outlives_a_lost_connection(database: Database) -> None:
                 if message.payload == 2:
                     subscription.stop()
                 elif message.deliveries == 1:
-                    observer.execute(
-                        "select pg_terminate_backend(pid, 30000) from pg_stat_activity"
-                        " where application_name = 'consumer'"
-                        " and datname = current_database()"
-                    )
-                    while not nothing_left(observer):  # another slot has it
+                    wire.cut()
+                    while not nothing_left(wire.observer):  # another slot has it
                         await asyncio.sleep(0.01)
                     await asyncio.sleep(2)  # some beats
                     finished.append(message.payload)
@@ -289,7 +286,7 @@ def test_long_handler_outlives_a_lost_connection(database: Database) -> None:
 
     run(main())
     assert finished == [1]
-    assert nothing_left(observer)
+    assert nothing_left(wire.observer)
 
 
 @pytest.mark.one_backend
